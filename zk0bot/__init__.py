@@ -1,0 +1,1 @@
+"""zk0bot: robot owners fine-tune one SmolVLA policy together; no raw data leaves a machine."""

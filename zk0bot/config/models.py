@@ -1,0 +1,148 @@
+"""Every setting, validated. Loading and precedence are in ``load.py``."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Statistics = Literal["pooled", "local"]
+StrategyName = Literal["fedavg", "fedprox", "fedavgm"]
+SchedulerType = Literal["constant", "cosine"]
+
+
+class Settings(BaseModel):
+    """Base of every settings group: immutable, an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PolicyConfig(Settings):
+    """Which policy is trained. Sent to every node, so that all build the same one."""
+
+    model_name: str = "tiny"
+    """``tiny`` (built offline), a hub id such as ``lerobot/smolvla_base``, or a local folder."""
+    model_revision: str = ""
+    """Commit, tag or branch of a hub id; empty: its main branch."""
+    cameras: tuple[str, ...] = ("front",)
+    """Camera names the policy sees, in order; a node maps its own names onto these."""
+    image_size: int = Field(64, ge=16)
+    """Side of the square images the policy works on, in pixels."""
+    state_dim: int = Field(6, ge=1)
+    """Joints read: five in degrees and the gripper from 0 to 100 on an SO-101."""
+    action_dim: int = Field(6, ge=1)
+    chunk_size: int = Field(20, ge=1)
+    """Actions predicted at once."""
+    n_action_steps: int = Field(10, ge=1)
+    """Actions executed before the policy is asked again."""
+    num_inference_steps: int = Field(10, ge=1)
+    """Flow-matching steps per chunk at inference."""
+    trained_part: Literal["expert", "all"] = "all"
+    """``expert``: the action expert and projections. ``all``: vision and text layers too."""
+
+
+class RunConfig(Settings):
+    """One federated run. Field names are zk0's run-configuration keys in snake_case."""
+
+    num_server_rounds: int = Field(20, ge=1)
+    """Rounds of local training and aggregation."""
+    model_name: str = "tiny"
+    """``tiny``, a hub id such as ``lerobot/smolvla_base``, or a local folder."""
+    min_fit_clients: int = Field(2, ge=1)
+    """Clients that must be connected before a round starts, and accepted updates it needs."""
+    fraction_fit: float = Field(1.0, gt=0, le=1)
+    """Share of connected nodes asked to train each round; never fewer than min-fit-clients."""
+    local_steps: int = Field(20, ge=1)
+    """Optimizer steps of each client in each round; ignored when local-epochs is set."""
+    local_epochs: int = Field(0, ge=0)
+    """Passes over the client's training frames in each round; 0: count local-steps instead."""
+    batch_size: int = Field(32, ge=1)
+    """Samples per optimizer step; kept by accumulation when memory is short."""
+    initial_lr: float = Field(2e-3, gt=0)
+    """Peak learning rate of the clients' AdamW."""
+    scheduler_type: SchedulerType = "cosine"
+    """Learning rate over all rounds: cosine down to eta-min, or constant after warm-up."""
+    warmup_steps: int = Field(50, ge=0)
+    """Optimizer steps of linear warm-up, counted over the whole run."""
+    eta_min: float = Field(2e-4, ge=0)
+    """Learning rate at the end of the cosine."""
+    strategy: StrategyName = "fedavgm"
+    """fedavg: weighted mean. fedprox: plus a proximal term. fedavgm: outer Nesterov."""
+    server_learning_rate: float = Field(0.7, gt=0)
+    """Outer learning rate of fedavgm."""
+    server_momentum: float = Field(0.9, ge=0, lt=1)
+    """Outer Nesterov momentum of fedavgm."""
+    proximal_mu: float = Field(0.0, ge=0)
+    """Weight of FedProx's term mu/2 |w - global|^2; used by fedprox."""
+    statistics: Statistics = "pooled"
+    """pooled: all train and evaluate with agreed statistics. local: each client with its own."""
+    eval_frequency: int = Field(5, ge=0)
+    """Rounds between evaluations; round 0 and the last are evaluated too. 0: never."""
+    eval_batches: int = Field(0, ge=0)
+    """Batches of each evaluation set that are used; 0: all frames."""
+    eval_datasets: tuple[str, ...] = ()
+    """URIs of the server's own evaluation sets; none: the loss is the clients' held-out mean."""
+    eval_scenes: int = Field(0, ge=0)
+    """Closed-loop scenes per part of the simulated table at each evaluation; 0: none."""
+    checkpoint_interval: int = Field(10, ge=0)
+    """Rounds between checkpoints; the last round always has one. 0: only the last."""
+    round_deadline_s: float = Field(600.0, gt=0)
+    """A round closes then, with the replies it has."""
+    wait_deadline_s: float = Field(600.0, gt=0)
+    """How long a run waits for min-fit-clients before it fails."""
+    worse_margin: float = Field(0.02, ge=0)
+    """Held-out loss may end this share above round 0 before the run counts as failed."""
+    heldout_episodes: int = Field(10, ge=0)
+    """Last episodes of each client's dataset that training never sees."""
+    seed: int = Field(0, ge=0)
+    """Seed of initial weights, sampling and flow noise."""
+    output_dir: str = "outputs"
+    """Folder that gets ``<YYYY-MM-DD_HH-MM-SS>/`` with results."""
+    policy: PolicyConfig = PolicyConfig()
+    """Shape of the policy; from the preset of model-name."""
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.proximal_mu > 0 and self.strategy != "fedprox":
+            raise ValueError("proximal-mu has an effect with strategy=fedprox only")
+        if self.strategy == "fedprox" and self.proximal_mu == 0:
+            raise ValueError("strategy=fedprox needs proximal-mu above 0")
+        if self.eta_min > self.initial_lr:
+            raise ValueError("eta-min is above initial-lr")
+        return self
+
+
+class ServerConfig(Settings):
+    """The server machine."""
+
+    host: str = "127.0.0.1"
+    """Address that clients reach; loopback only until TLS and enrolment exist."""
+    port: int = Field(9092, ge=1, le=65535)
+    """Port that clients reach (the gateway)."""
+    superlink_port: int = Field(9091, ge=1, le=65535)
+    """Flower's SuperLink; loopback only."""
+    start_deadline_s: float = Field(120.0, gt=0)
+    """``server start`` fails after this long without a passing health check."""
+
+
+class ClientConfig(Settings):
+    """One client on a robot owner's machine."""
+
+    server: str = "127.0.0.1:9092"
+    """HOST:PORT of the server's gateway."""
+    dataset_uri: str = ""
+    """``hf:owner/name``, ``owner/name``, ``local:/path`` or ``sim:TASK``."""
+    name: str = ""
+    """What the server calls this client; empty: ``client-`` and part of the dataset id."""
+    episodes: str = ""
+    """Episodes to use, such as ``0-39,45``; empty: all."""
+    revision: str = ""
+    """Revision pin of a hub dataset."""
+    rename_cameras: dict[str, str] = Field(default_factory=dict)
+    """This dataset's camera name to the policy's, where they differ."""
+    heldout_episodes: int = Field(10, ge=0)
+    """Last episodes kept for evaluation; never trained on."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to train; auto: CUDA when there is one."""
+    first_port: int = Field(8080, ge=1, le=65000)
+    """First loopback port tried for the SuperNode and the egress hop."""
+    start_deadline_s: float = Field(300.0, gt=0)
+    """``client start`` fails after this long without a passing health check."""

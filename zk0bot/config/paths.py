@@ -1,0 +1,98 @@
+"""Where everything lies: functions of one state root, ``~/.zk0bot`` or ``ZK0BOT_HOME``."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import zk0bot
+
+TMUX_SOCKET = "zk0"
+"""Name of zk0bot's own tmux socket: ``tmux -L zk0 attach``."""
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Paths below one state root. Nothing is created here."""
+
+    root: Path
+
+    @property
+    def tmux_socket(self) -> str:
+        """tmux socket name, other than ``zk0`` only where the state root is not the default one."""
+        if self.root == Path.home() / ".zk0bot":
+            return TMUX_SOCKET
+        return f"{TMUX_SOCKET}-{_short_hash(self.root)}"
+
+    @property
+    def server_dir(self) -> Path:
+        return self.root / "server"
+
+    @property
+    def clients_dir(self) -> Path:
+        return self.root / "clients"
+
+    def client_dir(self, slug: str) -> Path:
+        return self.clients_dir / slug
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.server_dir / "runs"
+
+    def run_dir(self, run_id: str) -> Path:
+        """Folder of one run: ``config.json`` (RunConfig), ``run.json`` (RunRecord)."""
+        return self.runs_dir / run_id
+
+    def run_record(self, run_id: str) -> Path:
+        return self.run_dir(run_id) / "run.json"
+
+    def run_config(self, run_id: str) -> Path:
+        return self.run_dir(run_id) / "config.json"
+
+    def stop_request(self, run_id: str) -> Path:
+        """A file whose presence asks the ServerApp to end this run after the message in hand."""
+        return self.run_dir(run_id) / "stop"
+
+    @property
+    def progress_dir(self) -> Path:
+        """``<node id>.json`` (NodeProgress), written by the server's gateway."""
+        return self.server_dir / "progress"
+
+    @property
+    def evaluator_dir(self) -> Path:
+        """Folder of the server's own warm process: socket, exchanged tensors."""
+        return self.server_dir / "evaluator"
+
+    @property
+    def cache_dir(self) -> Path:
+        """Models, simulated datasets, hub downloads."""
+        return self.root / "cache"
+
+    @property
+    def datasets_dir(self) -> Path:
+        return self.cache_dir / "datasets"
+
+    @property
+    def models_dir(self) -> Path:
+        return self.cache_dir / "models"
+
+
+def trainer_socket(private_dir: Path) -> Path:
+    """Unix socket of the warm process that owns ``private_dir``.
+
+    The kernel allows 107 bytes; a longer path falls back to a private folder under ``/tmp``.
+    """
+    path = private_dir / "trainer.sock"
+    if len(str(path).encode()) <= 100:
+        return path
+    return Path("/tmp") / f"zk0-{_short_hash(private_dir)}" / "trainer.sock"
+
+
+def configs_dir() -> Path:
+    """The shipped ``configs/``: beside the package in a checkout, inside it when installed."""
+    package = Path(zk0bot.__file__).parent
+    checkout = package.parent / "configs"
+    return checkout if checkout.is_dir() else package / "_configs"
+
+
+def _short_hash(path: Path) -> str:
+    return hashlib.sha256(str(path).encode()).hexdigest()[:8]

@@ -1,0 +1,105 @@
+"""Every failure an operator can act on.
+
+Zk0Error                     1
+├── ConfigError              2  a setting, flag or URI that cannot be used
+│   └── UnknownNameError     2  a name that does not exist; the nearest one is offered
+├── DataError                1  a dataset that is damaged, missing or does not fit the policy
+├── ModelError               1  weights or a policy folder that cannot be used
+├── ServiceError             1  a process that does not start, answer or stop
+│   ├── SessionExistsError   1  started twice
+│   ├── SessionAbsentError   1  asked for a session that is not there
+│   └── PortInUseError       1
+├── RunError                 1  a federated run that cannot start or go on
+│   └── DeadlineError        1  a wait that ended without what it waited for
+├── UpdateError              1  an update the server refuses
+└── TrainerError             1  the warm trainer failed; carries its own code
+
+The number is the exit status. ``code`` is stable and part of the JSON promise.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class Zk0Error(Exception):
+    """What happened, with the value; ``hint`` is the command or step that mends it."""
+
+    code: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def to_dict(self) -> dict[str, str | None]:
+        """The JSON form: ``code``, ``message``, ``hint``."""
+        return {"code": self.code, "message": self.message, "hint": self.hint}
+
+
+class ConfigError(Zk0Error):
+    code = "bad_config"
+    exit_code = 2
+
+
+class UnknownNameError(ConfigError):
+    """A name outside a known set.
+
+    ``UnknownNameError.of("task", "touch-rad", ["touch-red"])`` offers the nearest one.
+    """
+
+    code = "unknown_name"
+
+    @classmethod
+    def of(cls, kind: str, name: str, known: Iterable[str]) -> "UnknownNameError":
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+        return cls(f"unknown {kind} {name!r}", hint=hint)
+
+
+class DataError(Zk0Error):
+    code = "bad_data"
+
+
+class ModelError(Zk0Error):
+    code = "bad_model"
+
+
+class ServiceError(Zk0Error):
+    code = "service_failed"
+
+
+class SessionExistsError(ServiceError):
+    code = "session_exists"
+
+
+class SessionAbsentError(ServiceError):
+    code = "session_absent"
+
+
+class PortInUseError(ServiceError):
+    code = "port_in_use"
+
+
+class RunError(Zk0Error):
+    code = "run_failed"
+
+
+class DeadlineError(RunError):
+    code = "deadline"
+
+
+class UpdateError(Zk0Error):
+    code = "update_refused"
+
+
+class TrainerError(Zk0Error):
+    """An error that crossed the trainer's socket; ``remote_code`` is the code at its origin."""
+
+    code = "trainer_failed"
+
+    def __init__(self, message: str, *, hint: str | None = None, remote_code: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.remote_code = remote_code or self.code

@@ -1,0 +1,76 @@
+"""Files that are whole or absent: atomic writes, private folders, JSON checked on reading."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from zk0bot.errors import DataError
+
+
+@contextmanager
+def replacing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path``; on success it becomes ``path`` in one step.
+
+    A reader sees the old content or the new, never a part, also when the writer is killed.
+    On an exception the temporary file is removed and ``path`` is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:
+    """Write ``text`` to ``path`` atomically."""
+    with replacing(path, mode=mode) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(
+    path: Path, value: BaseModel | Mapping[str, Any] | list[Any], *, mode: int = 0o644
+) -> None:
+    """Write a record, mapping or list as indented JSON, atomically. NaN is refused."""
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    write_text(path, json.dumps(plain, indent=2, allow_nan=False) + "\n", mode=mode)
+
+
+def read_json(path: Path) -> Any:
+    """The value in ``path``.
+
+    Raises FileNotFoundError when absent, DataError naming the file when it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_record[R: BaseModel](path: Path, kind: type[R]) -> R:
+    """The record in ``path``; DataError naming the file when it does not fit ``kind``."""
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        raise DataError(f"{path} does not hold a {kind.__name__}: {error}") from error
+
+
+def private_dir(path: Path) -> Path:
+    """Create ``path`` (and parents) if needed, readable by its owner only, and return it."""
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(0o700)
+    return path

@@ -1,0 +1,109 @@
+"""What is written about runs, clients and processes: one typed record each, read by every view.
+
+JSON keys are these field names: a promise to scripts.
+"""
+
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+RunState = Literal[
+    "waiting", "running", "degraded", "recovering", "completed", "completed-with-warnings",
+    "failed", "stopped",
+]  # fmt: skip
+FINAL_STATES: frozenset[RunState] = frozenset(
+    {"completed", "completed-with-warnings", "failed", "stopped"}
+)
+RUN_EXIT_CODES: dict[RunState, int] = {
+    "completed": 0,
+    "completed-with-warnings": 3,
+    "failed": 4,
+    "stopped": 5,
+}
+"""Exit status of ``zk0bot run`` by the verdict."""
+
+ClientPhase = Literal["waiting", "sending", "training", "done", "late", "failed"]
+
+
+def now() -> datetime:
+    """The present moment, in UTC."""
+    return datetime.now(UTC)
+
+
+class Record(BaseModel):
+    """Base of every record: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ClientProgress(Record):
+    """One node in the round under way."""
+
+    node_id: str
+    """Flower's node id, as text."""
+    name: str
+    """The name its owner gave, else ``client-`` and the start of its dataset id."""
+    phase: ClientPhase = "waiting"
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    reason: str = ""
+    """Why it is late or failed."""
+
+
+class Verdict(Record):
+    """Whether a finished run can be trusted, and why."""
+
+    state: RunState
+    reasons: list[str] = Field(default_factory=list)
+    initial_loss: float | None = None
+    """Held-out loss before round 1."""
+    final_loss: float | None = None
+    best_round: int | None = None
+    """Round whose evaluated checkpoint has the lowest held-out loss."""
+
+
+class RunRecord(Record):
+    """A zk0bot run, as ``run``, ``runs`` and ``status`` show it."""
+
+    run_id: str
+    state: RunState = "waiting"
+    reason: str = ""
+    """What the state waits for or why it ended."""
+    phase: str = ""
+    """What the server does now, such as ``waiting for clients`` or ``evaluating``."""
+    num_rounds: int
+    round: int = 0
+    """Round under way, or the last one finished; 0 before the first."""
+    rounds_done: int = 0
+    clients: list[ClientProgress] = Field(default_factory=list)
+    bytes_up: int = 0
+    """Tensor bytes that clients sent to the server in this run."""
+    bytes_down: int = 0
+    """Tensor bytes that the server sent to clients in this run."""
+    started_at: datetime = Field(default_factory=now)
+    updated_at: datetime = Field(default_factory=now)
+    eta_s: float | None = None
+    loss: float | None = None
+    """Newest held-out loss."""
+    success: float | None = None
+    """Newest closed-loop success rate."""
+    flower_run_ids: list[str] = Field(default_factory=list)
+    output_dir: str = ""
+    verdict: Verdict | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in FINAL_STATES
+
+
+class NodeProgress(Record):
+    """What a node's egress hop reports while it trains; numbers only, nothing about the data."""
+
+    flower_run_id: str = ""
+    round: int = Field(ge=0, default=0)
+    phase: Literal["loading", "ready", "training", "evaluating", "failed"] = "ready"
+    step: int = Field(ge=0, default=0)
+    steps: int = Field(ge=0, default=0)
+    loss: float | None = None

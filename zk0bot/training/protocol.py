@@ -1,0 +1,262 @@
+"""What is asked of a warm trainer and what it answers, over a Unix socket on the same machine.
+
+One connection carries one request: a JSON line each way. Tensors do not pass the socket: they lie
+in safetensors files in the trainer's private folder, named in the message. This module imports no
+torch, so that the thin ClientApp and ServerApp stay light.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from zk0bot.config.models import PolicyConfig, SchedulerType, Statistics
+
+
+class Message(BaseModel):
+    """Base of every request and answer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FeatureStatistics(Message):
+    """Moments of one feature (``observation.state`` or ``action``), one number per dimension."""
+
+    count: int = Field(ge=1)
+    mean: list[float]
+    std: list[float]
+    """Population standard deviation."""
+    min: list[float]
+    max: list[float]
+
+
+DatasetStatistics = dict[str, FeatureStatistics]
+
+
+class PolicySpec(Message):
+    """Enough to build the same initial policy anywhere."""
+
+    policy: PolicyConfig
+    seed: int = Field(ge=0)
+    """Seed of the initial weights, where there is no checkpoint to load."""
+
+
+class DescribeRequest(Message):
+    op: Literal["describe"] = "describe"
+    spec: PolicySpec
+    statistics: Statistics
+
+
+class NodeDescription(Message):
+    """What a node says of itself before round 1. No path, dataset name or task text."""
+
+    name: str
+    dataset_id: str
+    """A random UUID kept beside the dataset's client folder; says nothing about the content."""
+    num_episodes: int
+    num_train_frames: int
+    num_heldout_frames: int
+    base_hash: str
+    """SHA-256 over names, shapes and bytes of the tensors that are not trained, plus the names and
+    shapes of those that are; equal on two nodes exactly if they can be averaged."""
+    statistics: DatasetStatistics | None
+    """Of the training episodes; None under the ``local`` policy, where nothing leaves."""
+    device: str
+    zk0bot_version: str
+
+
+class LearningRate(Message):
+    """Learning rate as a function of the run's global step; the server decides, per round."""
+
+    scheduler: SchedulerType
+    initial_lr: float = Field(gt=0)
+    eta_min: float = Field(ge=0)
+    warmup_steps: int = Field(ge=0)
+    first_step: int = Field(ge=0)
+    """Global step of this round's first local step."""
+    total_steps: int = Field(ge=1)
+    """Global steps of the whole run."""
+
+
+class TrainRequest(Message):
+    op: Literal["train"] = "train"
+    spec: PolicySpec
+    base_hash: str
+    run_id: str
+    round: int = Field(ge=1)
+    weights_path: str
+    """The global trainable tensors (safetensors, float32)."""
+    statistics: DatasetStatistics | None
+    """Agreed ones; None: the node's own (``local`` policy)."""
+    local_steps: int = Field(ge=0)
+    local_epochs: int = Field(ge=0)
+    """Counts instead of local_steps where above 0."""
+    batch_size: int = Field(ge=1)
+    learning_rate: LearningRate
+    proximal_mu: float = Field(ge=0)
+    seed: int = Field(ge=0)
+    """The batch order and flow noise are a pure function of (seed, round, local step)."""
+    evaluate_first: bool = False
+    """Also report the held-out loss of the received weights."""
+    eval_batches: int = Field(ge=0, default=0)
+
+
+class TrainResult(Message):
+    update_path: str
+    """Local weights minus the received ones, trainable tensors only (safetensors, float32)."""
+    num_samples: int
+    """Samples seen: steps times batch size. The weight of this update."""
+    num_steps: int
+    loss: float
+    """Mean over the local steps of policy_loss + fedprox_loss."""
+    policy_loss: float
+    fedprox_loss: float
+    grad_norm: float
+    """Mean norm before clipping."""
+    param_update_norm: float
+    param_hash: str
+    """SHA-256 of the update file's tensors."""
+    heldout_loss: float | None = None
+    heldout_examples: int = 0
+    train_s: float
+    """Wall seconds of the training loop alone."""
+    micro_batch_size: int
+    """Below the batch size when memory was short."""
+
+
+class EvaluateRequest(Message):
+    """Held-out loss of the node's own last episodes."""
+
+    op: Literal["evaluate"] = "evaluate"
+    spec: PolicySpec
+    base_hash: str
+    run_id: str
+    weights_path: str
+    statistics: DatasetStatistics | None
+    eval_batches: int = Field(ge=0, default=0)
+
+
+class EvaluateResult(Message):
+    loss: float
+    num_examples: int
+
+
+class InitRequest(Message):
+    """Server: build the initial policy and say what travels."""
+
+    op: Literal["init"] = "init"
+    spec: PolicySpec
+
+
+class InitResult(Message):
+    weights_path: str
+    base_hash: str
+    num_parameters: int
+    num_trainable: int
+
+
+class RolloutRequest(Message):
+    """Closed loop in simulation."""
+
+    scenes_per_sector: int = Field(ge=1)
+    first_seed: int = Field(ge=0)
+    videos: int = Field(ge=0, default=0)
+    """Scenes per sector that are filmed."""
+    video_dir: str = ""
+
+
+class AssessRequest(Message):
+    """Server: the referee's view of one set of weights."""
+
+    op: Literal["assess"] = "assess"
+    spec: PolicySpec
+    weights_path: str
+    statistics: DatasetStatistics
+    datasets: list[str] = Field(default_factory=list)
+    """URIs of evaluation sets on this machine."""
+    eval_batches: int = Field(ge=0, default=0)
+    rollout: RolloutRequest | None = None
+
+
+class DatasetLoss(Message):
+    dataset_name: str
+    evaldata_id: int
+    loss: float
+    num_examples: int
+
+
+class SectorResult(Message):
+    sector: str
+    successes: int
+    episodes: int
+
+
+class AssessResult(Message):
+    datasets: list[DatasetLoss]
+    rollouts: list[SectorResult]
+    videos: list[str] = Field(default_factory=list)
+
+
+class SaveRequest(Message):
+    """Server: write a LeRobot ``pretrained_model`` folder, atomically."""
+
+    op: Literal["save"] = "save"
+    spec: PolicySpec
+    weights_path: str
+    statistics: DatasetStatistics
+    output_dir: str
+    card: str
+    """Markdown of the model card."""
+    metrics: dict[str, float | int | str | None]
+
+
+class SaveResult(Message):
+    output_dir: str
+
+
+class TrainAloneRequest(Message):
+    """Node: the same number of steps without the federation, with the node's own statistics."""
+
+    op: Literal["train-alone"] = "train-alone"
+    spec: PolicySpec
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    learning_rate: LearningRate
+    seed: int = Field(ge=0)
+
+
+class TrainAloneResult(Message):
+    weights_path: str
+    statistics: DatasetStatistics
+    loss: float
+    num_steps: int
+
+
+class StatusRequest(Message):
+    op: Literal["status"] = "status"
+
+
+class TrainerStatus(Message):
+    state: Literal["loading", "ready", "working", "failed"]
+    detail: str = ""
+    pid: int
+
+
+Request = Annotated[
+    DescribeRequest
+    | TrainRequest
+    | EvaluateRequest
+    | InitRequest
+    | AssessRequest
+    | SaveRequest
+    | TrainAloneRequest
+    | StatusRequest,
+    Field(discriminator="op"),
+]
+
+
+class Failure(Message):
+    """An answer that is an error; ``code`` is that of the Zk0Error at its origin."""
+
+    code: str
+    message: str
+    hint: str | None = None
