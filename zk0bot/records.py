@@ -107,3 +107,43 @@ class NodeProgress(Record):
     step: int = Field(ge=0, default=0)
     steps: int = Field(ge=0, default=0)
     loss: float | None = None
+
+
+class TrainerState(Record):
+    """``trainer.json`` in a trainer's private folder: what the warm process does now."""
+
+    state: Literal["loading", "ready", "working", "failed"]
+    detail: str = ""
+    """Such as ``making data``, ``loading dataset``, ``training``; shown to this machine's owner."""
+    done: int = 0
+    total: int = 0
+    """Progress of ``detail``; a total of 0: not countable."""
+    pid: int = 0
+    dataset_id: str = ""
+    name: str = ""
+    error_code: str = ""
+    error_message: str = ""
+    error_hint: str | None = None
+    updated_at: datetime = Field(default_factory=now)
+
+
+class LinkState(Record):
+    """``link.json`` in a client's folder, written by its egress hop."""
+
+    node_id: str = ""
+    """Empty until the SuperNode is registered with the server."""
+    upstream: str
+    last_answer_at: datetime | None = None
+    """When the server last answered; None: never."""
+    error: str = ""
+    """Why the server did not answer, if so."""
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class GatewayHealth(Record):
+    """What ``GET /v1/zk0/health`` at the server's gateway answers."""
+
+    zk0bot_version: str
+    flwr_version: str
+    superlink_ok: bool

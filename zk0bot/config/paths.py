@@ -87,6 +87,26 @@ def trainer_socket(private_dir: Path) -> Path:
     return Path("/tmp") / f"zk0-{_short_hash(private_dir)}" / "trainer.sock"
 
 
+def trainer_state(private_dir: Path) -> Path:
+    """TrainerState of the warm process that owns ``private_dir``."""
+    return private_dir / "trainer.json"
+
+
+def node_progress(private_dir: Path) -> Path:
+    """NodeProgress of the order in work, written by the trainer, forwarded by the egress hop."""
+    return private_dir / "progress.json"
+
+
+def link_state(client_dir: Path) -> Path:
+    """LinkState, written by the egress hop."""
+    return client_dir / "link.json"
+
+
+def client_config(client_dir: Path) -> Path:
+    """ClientConfig with which this client was started."""
+    return client_dir / "client.json"
+
+
 def configs_dir() -> Path:
     """The shipped ``configs/``: beside the package in a checkout, inside it when installed."""
     package = Path(zk0bot.__file__).parent
