@@ -202,7 +202,8 @@ class SaveRequest(Message):
     op: Literal["save"] = "save"
     spec: PolicySpec
     weights_path: str
-    statistics: DatasetStatistics
+    statistics: DatasetStatistics | None
+    """None under the ``local`` policy: the folder then holds no normalisation, and says so."""
     output_dir: str
     card: str
     """Markdown of the model card."""

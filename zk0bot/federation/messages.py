@@ -1,0 +1,77 @@
+"""Flower records to our requests and answers, and back. Nobody else spells record keys.
+
+A message holds a ``body`` (one JSON text and a deadline) and, where tensors travel, ``tensors``
+(one array: a safetensors blob). A node that cannot do what it is asked answers with ``failure``.
+"""
+
+from dataclasses import dataclass
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from pydantic import ValidationError
+
+from zk0bot.errors import UpdateError
+from zk0bot.training.protocol import Message
+
+BODY = "body"
+TENSORS = "tensors"
+FAILURE = "failure"
+BLOB = "blob"
+BLOB_TYPE = "zk0bot.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """A node's own word that it could not do what was asked."""
+
+    code: str
+    sentence: str
+
+
+def pack(body: Message, *, blob: bytes | None = None, deadline_s: float = 0.0) -> RecordDict:
+    """The Flower content for ``body`` and, where given, the tensors in ``blob``."""
+    content = RecordDict(
+        {BODY: ConfigRecord({"json": body.model_dump_json(), "deadline_s": deadline_s})}
+    )
+    if blob is not None:
+        array = Array(dtype="uint8", shape=(len(blob),), stype=BLOB_TYPE, data=blob)
+        content[TENSORS] = ArrayRecord({BLOB: array})
+    return content
+
+
+def pack_failure(code: str, sentence: str) -> RecordDict:
+    """The Flower content of a node's refusal; ``sentence`` must be safe to leave the node."""
+    return RecordDict({FAILURE: ConfigRecord({"code": code, "sentence": sentence})})
+
+
+def unpack[M: Message](content: RecordDict, kind: type[M]) -> M:
+    """The body as ``kind``; UpdateError when it is missing or does not fit."""
+    if BODY not in content.config_records:
+        raise UpdateError("message without a body")
+    try:
+        return kind.model_validate_json(str(content.config_records[BODY].get("json", "")))
+    except ValidationError as error:
+        raise UpdateError(f"message is not a {kind.__name__}: {error}") from error
+
+
+def unpack_failure(content: RecordDict) -> Failed | None:
+    """The node's refusal, if it is one."""
+    if FAILURE not in content.config_records:
+        return None
+    record = content.config_records[FAILURE]
+    return Failed(code=str(record.get("code", "")), sentence=str(record.get("sentence", "")))
+
+
+def unpack_blob(content: RecordDict) -> bytes:
+    """The tensors' bytes; UpdateError when there are none."""
+    if TENSORS not in content.array_records or BLOB not in content.array_records[TENSORS]:
+        raise UpdateError("message without tensors")
+    array = content.array_records[TENSORS][BLOB]
+    if array.stype != BLOB_TYPE:
+        raise UpdateError(f"tensors are encoded as {array.stype!r}, not {BLOB_TYPE!r}")
+    return bytes(array.data)
+
+
+def deadline_of(content: RecordDict) -> float:
+    """Seconds the sender waits for the answer."""
+    value = content.config_records[BODY].get("deadline_s", 0.0)
+    return float(value) if isinstance(value, int | float) else 0.0
