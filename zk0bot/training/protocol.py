@@ -114,7 +114,7 @@ class TrainResult(Message):
     """Mean norm before clipping."""
     param_update_norm: float
     param_hash: str
-    """SHA-256 of the update file's tensors."""
+    """SHA-256 of the update file, as it travels."""
     heldout_loss: float | None = None
     heldout_examples: int = 0
     train_s: float
