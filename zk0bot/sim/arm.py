@@ -5,6 +5,7 @@ the gripper from 0 (closed) to 100 (open). MuJoCo's own radians stay in here.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 
 import mujoco
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+Rgb = tuple[float, float, float]
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 MOTORS = tuple(f"{joint}.pos" for joint in JOINTS)
@@ -24,17 +26,24 @@ REACHING = 4
 """The first joints, which move the tool centre in inverse kinematics."""
 
 
-class Arm:
-    """One MuJoCo scene: the arm, the table, one cube."""
+@cache
+def load_model(cube_rgb: Rgb) -> mujoco.MjModel:
+    """The compiled scene with a cube of this colour (parts 0 to 1). Shared: do not change it."""
+    model = mujoco.MjModel.from_xml_string(
+        resources.files(__package__).joinpath("so101.xml").read_text()
+    )
+    model.geom("cube").rgba[:3] = cube_rgb
+    return model
 
-    def __init__(self) -> None:
-        self.model = mujoco.MjModel.from_xml_string(
-            resources.files(__package__).joinpath("so101.xml").read_text()
-        )
+
+class Arm:
+    """One state of the scene: the arm, the table, one cube. Cheap: the model is shared."""
+
+    def __init__(self, cube_rgb: Rgb) -> None:
+        self.model = load_model(cube_rgb)
         self.data = mujoco.MjData(self.model)
         self._substeps = round(1 / FPS / self.model.opt.timestep)
         self._tool = self.model.site("tcp").id
-        self._cube_geom = self.model.geom("cube").id
         self._cube = self.model.joint("cube").qposadr[0]
         limits = self.model.jnt_range[: len(JOINTS)]
         self.low, self.high = from_radians(limits[:, 0]), from_radians(limits[:, 1])
@@ -46,10 +55,6 @@ class Arm:
         x, y = np.asarray(cube_xy, float)
         self.data.qpos[self._cube :][:7] = [x, y, 0.02, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
         mujoco.mj_forward(self.model, self.data)
-
-    def paint_cube(self, rgb: tuple[float, float, float]) -> None:
-        """Give the cube a colour, each part 0 to 1."""
-        self.model.geom_rgba[self._cube_geom, :3] = rgb
 
     def step(self, target: ArrayLike) -> None:
         """Move for 1/FPS seconds towards absolute joint targets, cut to the joints' limits."""
@@ -67,15 +72,15 @@ class Arm:
 
     def tool(self) -> Array:
         """The tool centre between the fingertips, metres."""
-        return self.data.site_xpos[self._tool].copy()
+        return np.array(self.data.site_xpos[self._tool])
 
     def cube(self) -> Array:
         """The cube's centre, metres."""
-        return self.data.qpos[self._cube :][:3].copy()
+        return np.array(self.data.qpos[self._cube :][:3])
 
     def shoulder_xy(self) -> Array:
         """Where the shoulder's pan axis meets the table, metres."""
-        return self.model.body("shoulder").pos[:2].copy()
+        return np.array(self.model.body("shoulder").pos[:2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +94,7 @@ class Reach:
 def to_radians(joints: ArrayLike) -> Array:
     """MuJoCo joint positions of a joint vector (any leading shape, 6)."""
     joints = np.asarray(joints, float)
-    radians = np.radians(joints)
+    radians: Array = np.radians(joints)
     radians[..., GRIPPER] = _SHUT + joints[..., GRIPPER] / 100 * (_OPEN - _SHUT)
     return radians
 
@@ -97,7 +102,7 @@ def to_radians(joints: ArrayLike) -> Array:
 def from_radians(radians: ArrayLike) -> Array:
     """The joint vector of MuJoCo joint positions (any leading shape, 6)."""
     radians = np.asarray(radians, float)
-    joints = np.degrees(radians)
+    joints: Array = np.degrees(radians)
     joints[..., GRIPPER] = (radians[..., GRIPPER] - _SHUT) / (_OPEN - _SHUT) * 100
     return joints
 

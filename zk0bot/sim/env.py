@@ -1,15 +1,15 @@
 """The touch task as a gymnasium environment, in the shapes that LeRobot's tools expect."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from zk0bot.sim.arm import FPS, HOME, JOINTS, Arm
-from zk0bot.sim.renderer import Image, Renderer
-from zk0bot.sim.task import REACH_M, Scene, Sector, get_sector, get_task
+from zk0bot.sim.renderer import Image, renderer_for
+from zk0bot.sim.tasks import REACH_M, TASKS, Scene, Sector, get_sector, get_task
 
 MAX_STEPS = 40
 TOUCH_M = 0.045
@@ -18,6 +18,7 @@ HOLD_STEPS = 3
 """... for this many steps on end: an untrained net touches in passing nearly half the time."""
 HOME_NOISE = np.array([8.0, 4.0, 4.0, 4.0, 4.0, 4.0])
 YAW = 0.5
+GYM_NAMESPACE = "zk0bot"
 Observation = dict[str, Any]
 
 
@@ -28,7 +29,10 @@ class So101TouchEnv(gym.Env[Observation, NDArray[np.float32]]):
     ``info["is_success"]`` after every step; success ends the episode.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": FPS}
+    metadata: dict[str, Any] = {  # noqa: RUF012  # gymnasium's own declaration
+        "render_modes": ["rgb_array"],
+        "render_fps": FPS,
+    }
 
     def __init__(
         self,
@@ -41,12 +45,10 @@ class So101TouchEnv(gym.Env[Observation, NDArray[np.float32]]):
         render_mode: str = "rgb_array",
         max_steps: int = MAX_STEPS,
     ) -> None:
-        self.arm = Arm()
         self.cameras = tuple(cameras)
         self.render_mode = render_mode
-        self._renderer = Renderer(self.arm.model, image_size)
+        self._image_size = image_size
         self._render_size = render_size
-        self._large: Renderer | None = None
         self._max_episode_steps = max_steps
         self._set_task(task, get_sector(sector, get_task(task)))
         picture = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
@@ -94,23 +96,21 @@ class So101TouchEnv(gym.Env[Observation, NDArray[np.float32]]):
 
     def picture(self, camera: str) -> Image:
         """The policy's picture from one camera."""
-        return self._renderer.render(self.arm.data, camera)
+        return renderer_for(self.arm.model, self._image_size).render(self.arm.data, camera)
 
     def distance_m(self) -> float:
         """From the tool centre to the cube's centre."""
         return float(np.linalg.norm(self.arm.tool() - self.arm.cube()))
 
-    def render(self) -> Image:  # type: ignore[override]  # gymnasium allows None and lists too
+    def render(self) -> Image:
         """The picture for people."""
-        if self._large is None:
-            self._large = Renderer(self.arm.model, self._render_size)
-        return self._large.render(self.arm.data, "front")
+        return renderer_for(self.arm.model, self._render_size).render(self.arm.data, "front")
 
     def _set_task(self, task: str, sector: Sector) -> None:
         self.task = get_task(task)
         self.sector = sector
         self.task_description = self.task.instruction
-        self.arm.paint_cube(self.task.rgb)
+        self.arm = Arm(self.task.rgb)
 
     def _place(self) -> None:
         """Cube uniform by area in the sector, arm near HOME."""
@@ -125,3 +125,11 @@ class So101TouchEnv(gym.Env[Observation, NDArray[np.float32]]):
 
     def _info(self) -> dict[str, Any]:
         return {"is_success": self._held >= HOLD_STEPS, "task": self.task_description}
+
+
+for _task in TASKS:
+    gym.register(
+        f"{GYM_NAMESPACE}/{_task.name}",
+        entry_point="zk0bot.sim.env:So101TouchEnv",
+        kwargs={"task": _task.name},
+    )

@@ -15,17 +15,17 @@ ABOVE_M = 0.022
 def plan(arm: Arm) -> Array:
     """Absolute joint targets ``EPISODE_STEPS, 6`` from where the arm is to the cube."""
     start = arm.joints()
-    goal = solve_reach(arm, arm.cube() + [0.0, 0.0, ABOVE_M], start).joints
+    goal = solve_reach(arm, arm.cube() + np.array([0.0, 0.0, ABOVE_M]), start).joints
     way = start + (goal - start) * minimum_jerk(MOVE_STEPS)[:, None]
     return np.concatenate([way, np.repeat(goal[None], STAY_STEPS, axis=0)])
 
 
 def minimum_jerk(steps: int) -> Array:
-    """Shares of the way after each of ``steps`` steps: 0 excluded, 1 included, soft at both ends."""
+    """Shares of the way after each of ``steps`` steps, the last 1.0, soft at both ends."""
     t = (np.arange(steps) + 1) / steps
     return 10 * t**3 - 15 * t**4 + 6 * t**5
 
 
 def succeeds(env: So101TouchEnv, targets: Array) -> bool:
     """Whether following ``targets`` from the environment's present state succeeds."""
-    return any([env.advance(target) for target in targets])
+    return any(env.advance(target) for target in targets)

@@ -8,6 +8,7 @@ Shape letters: N corners, F faces, S side of the (oversampled) picture in pixels
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import cv2
 import mujoco
@@ -87,7 +88,8 @@ class Renderer:
         self._draw_solids(image, corners, normals, position, rotation, xs, ys, focal)
         if self._side == self._size:
             return image
-        return cv2.resize(image, (self._size, self._size), interpolation=cv2.INTER_AREA)
+        small: Image = cv2.resize(image, (self._size,) * 2, interpolation=cv2.INTER_AREA)
+        return small
 
     def _pixel_rays(self, fovy: float) -> tuple[Array, Array, float]:
         """Per pixel column x/-z and row y/-z in the camera frame (1,S and S,1), focal length."""
@@ -220,7 +222,14 @@ class Renderer:
             AMBIENT + KEY * (normals @ KEY_LIGHT).clip(0) + FILL * (normals @ FILL_LIGHT).clip(0)
         )
         rgb = 255 * self._model.geom_rgba[self._face_geom, :3] * light[:, None]
-        return rgb.clip(0, 255).astype(np.uint8)
+        colours: Image = rgb.clip(0, 255).astype(np.uint8)
+        return colours
+
+
+@cache
+def renderer_for(model: mujoco.MjModel, size: int) -> Renderer:
+    """The one renderer of this model at this size."""
+    return Renderer(model, size)
 
 
 def _solid(kind: int, size: Array) -> Solid:
@@ -280,5 +289,6 @@ def _round(radius: float, half_length: float) -> Solid:
 def _normals(solid: Solid) -> Array:
     """Outward unit normal of every face, F,3."""
     a, b, c = (solid.corners[[face[i] for face in solid.faces]] for i in range(3))
-    normals = np.cross(b - a, c - b)
-    return normals / np.linalg.norm(normals, axis=1, keepdims=True)
+    normals: Array = np.cross(b - a, c - b).astype(np.float64)
+    lengths: Array = np.sqrt((normals * normals).sum(1))
+    return normals / lengths[:, None]

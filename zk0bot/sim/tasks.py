@@ -5,7 +5,6 @@ left, which is the right of the ``front`` picture.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from zk0bot.errors import UnknownNameError
 
@@ -16,8 +15,6 @@ EVALUATION_SEED = 900_000
 TUNING_SEED = 700_000
 SEEDS_PER_SECTOR = 1000
 SEEDS_PER_TASK = 100_000
-
-SectorKind = Literal["third", "wide"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +28,10 @@ class Sector:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One instruction, the cube it is about, and the parts of the table its owner has."""
+    """One instruction, the cube it is about, and the parts of the table its owner has.
+
+    ``third`` is disjoint from the other owners'; ``wide`` is 60 % of the table and overlaps them.
+    """
 
     name: str
     colour: str
@@ -43,10 +43,6 @@ class Task:
     @property
     def instruction(self) -> str:
         return f"Touch the {self.colour} cube."
-
-    def sector(self, kind: SectorKind) -> Sector:
-        """The owner's part: a disjoint ``third``, or ``wide``, 60 % that overlaps the others'."""
-        return self.third if kind == "third" else self.wide
 
 
 TASKS: tuple[Task, ...] = (
@@ -100,8 +96,10 @@ def get_task(name: str) -> Task:
 
 def get_sector(name: str, task: Task) -> Sector:
     """A sector by its name, or by ``third`` or ``wide`` for the task's own."""
-    if name == "third" or name == "wide":
-        return task.sector(name)
+    if name == "third":
+        return task.third
+    if name == "wide":
+        return task.wide
     if name not in SECTORS:
         raise UnknownNameError.of("sector", name, (*SECTORS, "third", "wide"))
     return SECTORS[name]

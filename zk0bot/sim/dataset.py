@@ -1,0 +1,245 @@
+"""Simulated episodes as a LeRobotDataset v3 with video, made on first use.
+
+``python -m zk0bot.sim.dataset URI ROOT`` makes one and writes a line of JSON per episode,
+``{"done": 3, "total": 80}``, so that another process can show how far it is.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import av
+import datasets
+import numpy as np
+from lerobot.configs.video import RGBEncoderConfig
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from numpy.typing import NDArray
+
+from zk0bot.sim.arm import FPS, MOTORS
+from zk0bot.sim.env import So101TouchEnv
+from zk0bot.sim.expert import EPISODE_STEPS, plan
+from zk0bot.sim.renderer import Image
+from zk0bot.sim.spec import SimSpec, parse_sim_uri
+from zk0bot.sim.tasks import Scene, Sector, Task, training_seed
+
+__all__ = ["SimSpec", "ensure_sim_dataset", "make_dataset", "parse_sim_uri"]
+
+ROBOT_TYPE = "so101_follower"
+VIDEO_CRF = 18
+VIDEO_GOP = 2
+Floats = NDArray[np.float32]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """What the expert saw and did: T steps, S pixels a side."""
+
+    states: Floats
+    """T,6"""
+    actions: Floats
+    """T,6, absolute targets"""
+    images: dict[str, list[Image]]
+    """Per camera T pictures S,S,3."""
+
+
+def make_dataset(
+    root: Path,
+    task: Task,
+    *,
+    sector: Sector,
+    episodes: int,
+    seed: int,
+    cameras: Sequence[str] = ("front",),
+    image_size: int = 64,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Write a dataset of successful expert episodes to ``root``, which must not exist.
+
+    ``root`` appears complete or not at all, also when the process is killed; what a killed process
+    leaves is a hidden sibling. The same arguments give the same episodes. ``progress`` is called
+    with 0 and after each episode.
+    """
+    if root.exists():
+        raise FileExistsError(root)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    workplace = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+    _quieten_libraries()
+    try:
+        dataset = _create(workplace / "dataset", f"sim/{task.name}", cameras, image_size)
+        progress(0, episodes)
+        found = expert_episodes(
+            task, sector=sector, seed=seed, cameras=cameras, image_size=image_size
+        )
+        for done, episode in zip(range(1, episodes + 1), found, strict=False):
+            _add(dataset, episode, task.instruction)
+            progress(done, episodes)
+        dataset.finalize()
+        (workplace / "dataset").rename(root)
+    finally:
+        shutil.rmtree(workplace)
+
+
+def expert_episodes(
+    task: Task, *, sector: Sector, seed: int, cameras: Sequence[str], image_size: int
+) -> Iterator[Episode]:
+    """Successful episodes without end; a failed one is dropped and the next seed drawn."""
+    env = So101TouchEnv(cameras=cameras, image_size=image_size)
+    index = 0
+    while True:
+        scene = Scene(task=task, sector=sector, seed=training_seed(task, seed=seed, index=index))
+        index += 1
+        episode = record_episode(env, scene)
+        if episode is not None:
+            yield episode
+
+
+def record_episode(env: So101TouchEnv, scene: Scene) -> Episode | None:
+    """The expert's ``EPISODE_STEPS`` steps in ``scene``; None when it did not succeed."""
+    env.reset_to(scene)
+    targets = plan(env.arm).astype(np.float32)
+    seen, succeeded = [], False
+    for target in targets:
+        seen.append(env.observe())
+        succeeded |= env.advance(target)
+    if not succeeded:
+        return None
+    return Episode(
+        states=np.stack([o["agent_pos"] for o in seen]),
+        actions=targets,
+        images={name: [o["pixels"][name] for o in seen] for name in env.cameras},
+    )
+
+
+def ensure_sim_dataset(
+    uri: str, cache_dir: Path, progress: Progress = lambda done, total: None
+) -> Path:
+    """The folder of the dataset that ``uri`` means, made on first use.
+
+    Safe for several processes at once: the first makes it, the others wait. A change of the
+    simulation's code gives a new folder, so an old cache is never taken for a new dataset.
+    """
+    spec = parse_sim_uri(uri)
+    shelf = cache_dir / spec.slug
+    shelf.mkdir(parents=True, exist_ok=True)
+    root = shelf / simulation_fingerprint()
+    with _locked(shelf):
+        if not root.exists():
+            _remove_others(shelf)
+            make_dataset(
+                root,
+                spec.task,
+                sector=spec.sector,
+                episodes=spec.episodes,
+                seed=spec.seed,
+                progress=progress,
+            )
+    return root
+
+
+def simulation_fingerprint() -> str:
+    """Twelve hex digits that change with the simulation's source and model."""
+    package = resources.files(__package__)
+    names = ("so101.xml", "arm.py", "env.py", "expert.py", "renderer.py", "tasks.py", "dataset.py")
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(package.joinpath(name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _remove_others(shelf: Path) -> None:
+    """Clear what killed makers and older code left. Only under the shelf's lock."""
+    for path in shelf.iterdir():
+        shutil.rmtree(path)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` alone; the lock leaves no file and dies with its process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _quieten_libraries() -> None:
+    """Stop x264's statistics and a progress bar per episode; errors are still written."""
+    av.logging.set_libav_level(av.logging.ERROR)
+    datasets.disable_progress_bars()
+
+
+def _create(root: Path, repo_id: str, cameras: Sequence[str], image_size: int) -> LeRobotDataset:
+    return LeRobotDataset.create(
+        repo_id,
+        fps=FPS,
+        root=root,
+        robot_type=ROBOT_TYPE,
+        features=_features(cameras, image_size),
+        rgb_encoder=RGBEncoderConfig(vcodec="h264", crf=VIDEO_CRF, g=VIDEO_GOP),
+        streaming_encoding=True,
+        encoder_queue_maxsize=EPISODE_STEPS + 1,  # a fuller queue drops frames
+        encoder_threads=1,
+        video_backend="pyav",
+    )
+
+
+def _features(cameras: Sequence[str], image_size: int) -> dict[str, dict[str, Any]]:
+    joints = {"dtype": "float32", "shape": (len(MOTORS),), "names": list(MOTORS)}
+    picture = {
+        "dtype": "video",
+        "shape": (image_size, image_size, 3),
+        "names": ["height", "width", "channels"],
+    }
+    return {
+        "observation.state": dict(joints),
+        "action": dict(joints),
+        **{f"observation.images.{name}": dict(picture) for name in cameras},
+    }
+
+
+def _add(dataset: LeRobotDataset, episode: Episode, instruction: str) -> None:
+    for step in range(len(episode.actions)):
+        dataset.add_frame(
+            {
+                "observation.state": episode.states[step],
+                "action": episode.actions[step],
+                **{f"observation.images.{k}": v[step] for k, v in episode.images.items()},
+                "task": instruction,
+            }
+        )
+    dataset.save_episode()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``URI ROOT``: make the dataset, a line of JSON on stdout per episode."""
+    uri, root = arguments
+    spec = parse_sim_uri(uri)
+    make_dataset(
+        Path(root),
+        spec.task,
+        sector=spec.sector,
+        episodes=spec.episodes,
+        seed=spec.seed,
+        progress=_write_progress,
+    )
+
+
+def _write_progress(done: int, total: int) -> None:
+    sys.stdout.write(json.dumps({"done": done, "total": total}) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
