@@ -51,7 +51,7 @@ install_uv() {
   done
   rm -rf "$target"
   fail "uv $UV_VERSION could not be installed: neither pip nor https://astral.sh gave it" \
-    "is this machine online? or put uv on PATH yourself and run this again"
+    "is this machine online? on Debian \`sudo apt-get install -y python3-venv\` may help; or put uv on PATH"
 }
 
 uv_by_venv() {
