@@ -105,6 +105,11 @@ class RunConfig(Settings):
             raise ValueError("proximal-mu has an effect with strategy=fedprox only")
         if self.strategy == "fedprox" and self.proximal_mu == 0:
             raise ValueError("strategy=fedprox needs proximal-mu above 0")
+        if self.statistics == "local" and (self.eval_datasets or self.eval_scenes):
+            raise ValueError(
+                "statistics=local leaves the server none to evaluate with: no eval-datasets or "
+                "eval-scenes"
+            )
         if self.eta_min > self.initial_lr:
             raise ValueError("eta-min is above initial-lr")
         return self

@@ -1,0 +1,335 @@
+"""Settings from files, the environment and flags: the only module that reads either.
+
+Precedence: defaults < preset of model-name < TOML file < ``ZK0BOT_*`` < flags. Keys are accepted
+in kebab-case and snake_case; the names of zk0, the prototype, are the only aliases.
+"""
+
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from zk0bot.config.models import ClientConfig, PolicyConfig, RunConfig, ServerConfig, Settings
+from zk0bot.config.paths import Paths, configs_dir
+from zk0bot.config.uri import parse_dataset_uri
+from zk0bot.errors import ConfigError, UnknownNameError
+
+TABLES = ("run", "policy", "server", "client")
+PREFIX = "ZK0BOT_"
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+"""Variables that only trainers get, through a private file."""
+NOT_SUPPORTED_YET = frozenset(
+    {
+        "adaptive_lr_enabled", "adaptive_mu_enabled", "stall_patience", "high_loss_multiplier",
+        "lr_boost_factor", "loss_std_threshold", "mu_adjust_factor", "mu_min",
+        "adjustment_window", "spike_threshold", "max_adjust_factor", "hf_repo_id", "use_wandb",
+        "cosine_warm_restarts_t_0", "cosine_warm_restarts_t_mult",
+    }
+)  # fmt: skip
+"""Run-configuration keys of zk0 that have no effect here; refused by name."""
+_UNSUPPORTED_SCHEDULERS = ("cosine_warm_restarts", "reduce_on_plateau")
+_INHERITED = (
+    "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TERM", "TMPDIR", "TMUX_TMPDIR",
+    "XDG_RUNTIME_DIR", "PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTP_PROXY",
+    "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE",
+    "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
+)  # fmt: skip
+_CLIENT_ALIASES = {"DATASET_URI": "dataset_uri", "DATASET_NAME": "name"}
+_SERVER_ADDRESS_ALIASES = ("ZK0_SERVER_URL", "ZK0_SERVER_IP")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded[T: Settings]:
+    """A settings group, and what the operator should be told about how it came about."""
+
+    config: T
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where settings come from, in rising precedence."""
+
+    file: Path | None = None
+    """Hand-written TOML; also zk0's ``pyproject.toml``."""
+    flags: Mapping[str, Any] | None = None
+    """Command-line flags by field name; None values are flags that were not given."""
+    pairs: tuple[str, ...] = ()
+    """``key=value`` texts of ``--set``; the value is read as TOML, else as text."""
+
+
+class DatasetEntry(Settings):
+    """One dataset of the catalogue."""
+
+    name: str
+    uri: str
+    description: str = ""
+
+
+class Catalogue(Settings):
+    """``configs/datasets.toml``: datasets by name."""
+
+    clients: tuple[DatasetEntry, ...] = Field(default=())
+    """Datasets that a client can be started on by name."""
+    evaluation: tuple[DatasetEntry, ...] = Field(default=())
+    """Evaluation sets for the server's ``eval-datasets``."""
+
+
+def load_paths() -> Paths:
+    """The state root: ``ZK0BOT_HOME``, else ``~/.zk0bot``."""
+    home = os.environ.get("ZK0BOT_HOME")
+    return Paths(Path(home).expanduser().absolute() if home else Path.home() / ".zk0bot")
+
+
+def client_dir_from_environment() -> Path:
+    """The client's private folder, where a ClientApp runs; ``ops.specs`` sets it."""
+    return Path(os.environ["ZK0BOT_CLIENT_DIR"])
+
+
+def load_client_dir() -> Path:
+    """The private folder of the client that this process belongs to (``ZK0BOT_CLIENT_DIR``)."""
+    try:
+        return Path(os.environ["ZK0BOT_CLIENT_DIR"])
+    except KeyError:
+        raise ConfigError(
+            "ZK0BOT_CLIENT_DIR is not set", hint="zk0bot client start sets it for its processes"
+        ) from None
+
+
+def inherited_environment() -> dict[str, str]:
+    """The variables of this process that started processes get as well; without secrets."""
+    return {name: os.environ[name] for name in _INHERITED if name in os.environ}
+
+
+def find_secrets(paths: Paths) -> dict[str, str]:
+    """Tokens from the environment, and ``hf_token`` in the state root where it names none."""
+    secrets = {name: os.environ[name] for name in SECRETS if os.environ.get(name)}
+    token_path = paths.root / "hf_token"
+    if "HF_TOKEN" not in secrets and token_path.is_file():
+        secrets["HF_TOKEN"] = token_path.read_text().strip()
+    return secrets
+
+
+def load_run(sources: Sources, env: Mapping[str, str] | None = None) -> Loaded[RunConfig]:
+    """Settings of a run. Raises ConfigError (exit status 2) naming the key and its value."""
+    layers = _layers(sources, "run", RunConfig, _environment(env))
+    policy_layers = _layers(
+        Sources(file=sources.file, pairs=_policy_pairs(sources)), "policy", PolicyConfig, {}
+    )
+    merged = _merge(layers)
+    policy = _merge(policy_layers)
+    model_name = policy.pop("model_name", merged.get("model_name", "tiny"))
+    if "model_name" in merged:
+        model_name = merged["model_name"]
+    preset = _load_preset(model_name)
+    values = {**preset.get("run", {}), **merged, "model_name": model_name}
+    values["policy"] = {**preset.get("policy", {}), **policy, "model_name": model_name}
+    _refuse_schedulers(values)
+    return Loaded(
+        config=_validate(RunConfig, values), notices=tuple(_epoch_notices(merged, sources))
+    )
+
+
+def load_server(sources: Sources, env: Mapping[str, str] | None = None) -> Loaded[ServerConfig]:
+    """Settings of the server machine."""
+    layers = _layers(sources, "server", ServerConfig, _environment(env))
+    return Loaded(config=_validate(ServerConfig, _merge(layers)))
+
+
+def load_client(sources: Sources, env: Mapping[str, str] | None = None) -> Loaded[ClientConfig]:
+    """Settings of one client; a dataset's name in the catalogue becomes its URI."""
+    environment = _environment(env)
+    values = {**_zk0_client_values(environment)}
+    values |= _merge(_layers(sources, "client", ClientConfig, environment))
+    values["dataset_uri"] = resolve_dataset(values.get("dataset_uri", ""))
+    return Loaded(config=_validate(ClientConfig, values))
+
+
+def load_catalogue() -> Catalogue:
+    """The datasets of ``configs/datasets.toml``."""
+    return _validate(Catalogue, _read_toml(configs_dir() / "datasets.toml"))
+
+
+def resolve_dataset(text: str) -> str:
+    """The URI of a dataset given as URI or as a name of the catalogue."""
+    if not text:
+        raise ConfigError(
+            "no dataset given", hint="zk0bot client start sim:touch-red, or set DATASET_URI"
+        )
+    if ":" in text or "/" in text:
+        return str(parse_dataset_uri(text))
+    entries = {entry.name: entry.uri for entry in load_catalogue().clients}
+    if text not in entries:
+        raise UnknownNameError.of("dataset", text, entries)
+    return entries[text]
+
+
+def _environment(env: Mapping[str, str] | None) -> Mapping[str, str]:
+    return os.environ if env is None else env
+
+
+def _layers(
+    sources: Sources, table: str, kind: type[Settings], env: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Values of one table from each source, in rising precedence."""
+    known = _known_keys(kind)
+    file_values = _read_table(sources.file, table)
+    pairs = dict(_parse_pair(pair) for pair in sources.pairs)
+    flags = {key: value for key, value in (sources.flags or {}).items() if value is not None}
+    return [
+        _check_keys(file_values, known, f"in {sources.file}"),
+        _from_environment(env, kind),
+        _check_keys(pairs, known, "given to --set"),
+        flags,
+    ]
+
+
+def _merge(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: value for layer in layers for key, value in layer.items()}
+
+
+def _known_keys(kind: type[Settings]) -> set[str]:
+    return set(kind.model_fields) - {"policy"}
+
+
+def _policy_pairs(sources: Sources) -> tuple[str, ...]:
+    return tuple(
+        pair.removeprefix("policy.") for pair in sources.pairs if pair.startswith("policy.")
+    )
+
+
+def _check_keys(values: Mapping[str, Any], known: set[str], where: str) -> dict[str, Any]:
+    """``values`` with keys in snake_case; raises for one that is not known."""
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
+        name = _snake(key)
+        if name.startswith("policy."):
+            continue
+        if name in NOT_SUPPORTED_YET:
+            raise ConfigError(
+                f"setting {_kebab(name)!r} {where} is not supported yet",
+                hint="remove it; it would have no effect",
+            )
+        if name not in known:
+            raise UnknownNameError.of("setting", _kebab(name), map(_kebab, known))
+        checked[name] = value
+    return checked
+
+
+def _from_environment(env: Mapping[str, str], kind: type[Settings]) -> dict[str, Any]:
+    """``ZK0BOT_<FIELD>`` of each field of ``kind``."""
+    return {
+        name: _parse_value(env[variable])
+        for name in sorted(_known_keys(kind))
+        if (variable := PREFIX + name.upper()) in env
+    }
+
+
+def _zk0_client_values(env: Mapping[str, str]) -> dict[str, Any]:
+    """What the prototype's variables say."""
+    values = {field: env[name] for name, field in _CLIENT_ALIASES.items() if env.get(name)}
+    for name in _SERVER_ADDRESS_ALIASES:
+        if env.get(name):
+            address = env[name].split("://")[-1].rstrip("/")
+            values["server"] = address if ":" in address else f"{address}:{ServerConfig().port}"
+    return values
+
+
+def _read_table(file: Path | None, table: str) -> dict[str, Any]:
+    if file is None:
+        return {}
+    content = _read_toml(file)
+    if "tool" in content:
+        zk0_config = content["tool"].get("flwr", {}).get("app", {}).get("config", {})
+        return dict(zk0_config) if table == "run" else {}
+    for name in content:
+        if name not in TABLES:
+            raise UnknownNameError.of(f"table in {file}", name, TABLES)
+    values = content.get(table, {})
+    if not isinstance(values, dict):
+        raise ConfigError(f"{table!r} in {file} is not a table", hint=f"write [{table}]")
+    return values
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {file}", hint="check --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+
+
+def _load_preset(model_name: str) -> dict[str, Any]:
+    """Tables ``run`` and ``policy`` of the preset that fits ``model_name``."""
+    return _read_toml(configs_dir() / f"{preset_of(model_name)}.toml")
+
+
+def preset_of(model_name: str) -> str:
+    """Name of the shipped file with the settings for a model."""
+    return "tiny" if model_name == "tiny" else "smolvla"
+
+
+def _parse_pair(pair: str) -> tuple[str, Any]:
+    key, equals, value = pair.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {pair!r} is not key=value", hint="--set local-steps=40")
+    return key.strip(), _parse_value(value.strip())
+
+
+def _parse_value(text: str) -> Any:
+    """A number, truth value or list where TOML reads one, else the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _refuse_schedulers(values: Mapping[str, Any]) -> None:
+    if values.get("scheduler_type") in _UNSUPPORTED_SCHEDULERS:
+        raise ConfigError(
+            f"scheduler-type {values['scheduler_type']!r} is not supported yet",
+            hint="use cosine or constant",
+        )
+
+
+def _epoch_notices(values: Mapping[str, Any], sources: Sources) -> Iterable[str]:
+    if values.get("local_epochs") and sources.file and "local_steps" not in values:
+        yield (
+            f"local-epochs = {values['local_epochs']} means passes over the data; zk0 counted "
+            "optimizer steps under this name: use local-steps for those"
+        )
+
+
+def _validate[T: Settings](kind: type[T], values: Mapping[str, Any]) -> T:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _explain(item: Any) -> str:
+    """One line of a pydantic error: the key, what is wrong, the value."""
+    key = ".".join(_kebab(str(part)) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    if not key:
+        return str(message)
+    if item["type"] == "extra_forbidden":
+        return f"unknown setting {key!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}, got {json.dumps(item['input'], default=str)}"
+
+
+def _snake(key: str) -> str:
+    return key.replace("-", "_").lower()
+
+
+def _kebab(key: str) -> str:
+    return key.replace("_", "-")

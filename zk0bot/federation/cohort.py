@@ -1,0 +1,95 @@
+"""Which nodes take part: each describes itself once and is admitted or refused by name."""
+
+import logging
+import math
+import random
+from dataclasses import dataclass, field
+
+from zk0bot.config.models import RunConfig
+from zk0bot.errors import UpdateError
+from zk0bot.federation.messages import unpack
+from zk0bot.federation.transport import Courier, Reply
+from zk0bot.training.protocol import DescribeRequest, NodeDescription, PolicySpec
+from zk0bot.version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Cohort:
+    """Members by node id, and why others were refused."""
+
+    config: RunConfig
+    spec: PolicySpec
+    base_hash: str
+    members: dict[int, NodeDescription] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+    asked: set[int] = field(default_factory=set)
+    """Nodes whose description is on its way."""
+
+    def ask_newcomers(self, courier: Courier, online: list[int]) -> None:
+        """Ask nodes that are not known yet to describe themselves."""
+        request = DescribeRequest(spec=self.spec, statistics=self.config.statistics)
+        deadline_s = self.config.wait_deadline_s
+        for node_id in online:
+            if node_id in self.members or node_id in self.refused or courier.is_busy(node_id):
+                continue
+            why = courier.send(node_id, "query", request, group="0", deadline_s=deadline_s)
+            if why:
+                logger.warning("node %s not asked: %s", node_id, why)
+            else:
+                self.asked.add(node_id)
+
+    def take_answers(self, courier: Courier) -> None:
+        """Admit or refuse the nodes whose descriptions have arrived; forget those that left."""
+        for reply in courier.poll(sorted(self.asked)):
+            self.asked.discard(reply.node_id)
+            if why := self._admit(reply):
+                logger.warning("node %s refused: %s", reply.node_id, why)
+                self.refused[reply.node_id] = why
+
+    def is_settled(self) -> bool:
+        """Whether every node that was asked has answered."""
+        return not self.asked
+
+    def forget_absent(self, online: list[int]) -> None:
+        """Stop waiting for the descriptions of nodes that left."""
+        self.asked.intersection_update(online)
+
+    def available(self, courier: Courier, online: list[int]) -> list[int]:
+        """Members that are online and owe nothing."""
+        return [n for n in online if n in self.members and not courier.is_busy(n)]
+
+    def choose(self, available: list[int], round_: int) -> list[int]:
+        """The share fraction-fit of them, never fewer than min-fit-clients; a function of seed."""
+        wanted = math.ceil(self.config.fraction_fit * len(available))
+        wanted = min(len(available), max(wanted, self.config.min_fit_clients))
+        by_name = sorted(available, key=lambda n: (self.members[n].name, n))
+        return sorted(random.Random(f"{self.config.seed}/{round_}").sample(by_name, wanted))
+
+    def _admit(self, reply: Reply) -> str:
+        """Empty when the node is now a member, else why not."""
+        if reply.content is None:
+            return reply.failure
+        try:
+            description = unpack(reply.content, NodeDescription)
+        except UpdateError as error:
+            return error.message
+        if why := self._objection(description):
+            return f"{description.name}: {why}"
+        self.members[reply.node_id] = description
+        logger.info("node %s is %s", reply.node_id, description.name)
+        return ""
+
+    def _objection(self, description: NodeDescription) -> str:
+        if description.zk0bot_version != __version__:
+            return f"runs zk0bot {description.zk0bot_version}, the server {__version__}"
+        if description.base_hash != self.base_hash:
+            return "holds another base model than the server"
+        if description.num_train_frames < 1:
+            return "has no training frames"
+        if self.config.statistics == "pooled" and description.statistics is None:
+            return "sent no statistics, which this run pools"
+        if self.config.statistics == "local" and description.statistics is not None:
+            return "sent statistics, which this run leaves at home"
+        return ""

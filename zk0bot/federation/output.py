@@ -1,0 +1,151 @@
+"""The output tree of one run, on disk after every round; keys as zk0 users know them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zk0bot.config.models import RunConfig
+from zk0bot.files import write_json
+from zk0bot.report.chart import draw_policy_loss, draw_round_metrics
+from zk0bot.report.history import RoundMetrics, to_policy_loss_history
+from zk0bot.training.protocol import AssessResult, NodeDescription, TrainResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcceptedUpdate:
+    """One client's part in a round."""
+
+    node: NodeDescription
+    result: TrainResult
+    update_norm: float
+
+
+@dataclass
+class OutputTree:
+    """Writes below ``root``; holds the histories that each file repeats in full."""
+
+    root: Path
+    losses: dict[int, float] = field(default_factory=dict)
+    """Held-out loss by evaluated round."""
+    _metrics: list[RoundMetrics] = field(default_factory=list)
+
+    def write_config(self, config: RunConfig) -> None:
+        """``config.json``: every setting, resolved."""
+        write_json(self.root / "config.json", config)
+
+    def write_round(
+        self, round_: int, accepted: list[AcceptedUpdate], global_update_norm: float
+    ) -> None:
+        """``clients/<slug>/round_N.json`` and ``federated_metrics.json``."""
+        for update in accepted:
+            path = self.root / "clients" / client_slug(update.node) / f"round_{round_}.json"
+            write_json(path, _client_entry(round_, update))
+        self._metrics.append(
+            RoundMetrics(
+                round=round_,
+                num_clients=len(accepted),
+                avg_policy_loss=float(np.mean([u.result.policy_loss for u in accepted])),
+                avg_client_loss=float(np.mean([u.result.loss for u in accepted])),
+                param_update_norm=global_update_norm,
+            )
+        )
+        metrics = [entry.model_dump() for entry in self._metrics]
+        write_json(self.root / "server" / "federated_metrics.json", metrics)
+
+    def write_evaluation(
+        self,
+        round_: int,
+        loss: float,
+        accepted: list[AcceptedUpdate],
+        assessed: AssessResult | None,
+    ) -> None:
+        """``round_N_server_eval.json``, ``policy_loss_history.json``."""
+        self.losses[round_] = loss
+        server = self.root / "server"
+        write_json(
+            server / f"round_{round_}_server_eval.json",
+            _evaluation_entry(round_, loss, accepted, assessed),
+        )
+        write_json(server / "policy_loss_history.json", to_policy_loss_history(self.losses))
+
+    def draw_charts(self) -> None:
+        """``federated_metrics.png`` and ``eval_policy_loss_chart.png`` from what is known now."""
+        if self._metrics:
+            draw_round_metrics(self.root / "server" / "federated_metrics.png", self._metrics)
+        if self.losses:
+            draw_policy_loss(self.root / "server" / "eval_policy_loss_chart.png", self.losses)
+
+    def checkpoint_dir(self, round_: int) -> Path:
+        return self.root / "models" / f"checkpoint_round_{round_}"
+
+    def video_dir(self, round_: int) -> Path:
+        return self.root / "evaluate" / f"round_{round_}"
+
+
+def client_slug(node: NodeDescription) -> str:
+    """Folder name of a client: what its owner called it, reduced to safe characters."""
+    safe = "".join(c if c.isalnum() or c in "-_" else "-" for c in node.name)[:40]
+    return safe or f"client-{node.dataset_id[:8]}"
+
+
+def _client_entry(round_: int, update: AcceptedUpdate) -> dict[str, Any]:
+    result = update.result
+    return {
+        "round": round_,
+        "client_id": client_slug(update.node),
+        "dataset_name": update.node.dataset_id,
+        "loss": result.loss,
+        "policy_loss": result.policy_loss,
+        "fedprox_loss": result.fedprox_loss,
+        "grad_norm": result.grad_norm,
+        "num_steps": result.num_steps,
+        "num_samples": result.num_samples,
+        "param_update_norm": update.update_norm,
+        "param_hash": result.param_hash,
+        "train_s": result.train_s,
+        "heldout_loss": result.heldout_loss,
+    }
+
+
+def _evaluation_entry(
+    round_: int, loss: float, accepted: list[AcceptedUpdate], assessed: AssessResult | None
+) -> dict[str, Any]:
+    datasets = assessed.datasets if assessed else []
+    return {
+        "round": round_,
+        "server_composite_eval_loss": loss,
+        "client_aggregated_training_metrics": {
+            "avg_client_loss": _mean(update.result.loss for update in accepted),
+            "std_client_loss": _std([update.result.loss for update in accepted]),
+            "avg_client_proximal_loss": _mean(update.result.fedprox_loss for update in accepted),
+            "avg_client_grad_norm": _mean(update.result.grad_norm for update in accepted),
+            "num_clients": len(accepted),
+            "param_update_norm": _mean(update.update_norm for update in accepted),
+        },
+        "individual_client_training_metrics": [
+            _client_entry(round_, update) for update in accepted
+        ],
+        "server_per_dataset_eval_results": [
+            {
+                "dataset_name": entry.dataset_name,
+                "evaldata_id": entry.evaldata_id,
+                "loss": entry.loss,
+                "num_examples": entry.num_examples,
+                "metrics": {},
+            }
+            for entry in datasets
+        ],
+        "num_server_eval_datasets": len(datasets),
+        "closed_loop": [entry.model_dump() for entry in assessed.rollouts] if assessed else [],
+    }
+
+
+def _mean(values: Any) -> float | None:
+    numbers = list(values)
+    return float(np.mean(numbers)) if numbers else None
+
+
+def _std(numbers: list[float]) -> float | None:
+    return float(np.std(numbers)) if numbers else None

@@ -1,0 +1,74 @@
+"""The record of one run on disk, and who has asked to stop it."""
+
+import logging
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+from zk0bot.config.paths import Paths
+from zk0bot.errors import DataError
+from zk0bot.files import read_record, write_json
+from zk0bot.records import ClientProgress, NodeProgress, RunRecord, Verdict, now
+
+logger = logging.getLogger(__name__)
+WRITE_EVERY_S = 0.25
+
+
+class RunLog:
+    """Keeps ``run.json`` true: every change is on disk within a quarter of a second."""
+
+    def __init__(self, paths: Paths, run_id: str) -> None:
+        self._paths = paths
+        self.record = read_record(paths.run_record(run_id), RunRecord)
+        self._written_at = 0.0
+
+    def update(self, *, at_once: bool = False, **changes: object) -> None:
+        """Change fields of the record; written now, or with the next change soon."""
+        self.record = self.record.model_copy(update={**changes, "updated_at": now()})
+        if at_once or time.monotonic() - self._written_at >= WRITE_EVERY_S:
+            write_json(self._paths.run_record(self.record.run_id), self.record)
+            self._written_at = time.monotonic()
+
+    def enter(self, phase: str, **changes: object) -> None:
+        """Begin a phase: ``training``, ``evaluating``…"""
+        logger.info("%s", phase)
+        self.update(at_once=True, phase=phase, **changes)
+
+    def finish(self, verdict: Verdict) -> None:
+        """Write the verdict; nothing is written after it."""
+        reason = verdict.reasons[0] if verdict.reasons else ""
+        logger.info("%s %s", verdict.state, reason)
+        self.update(
+            at_once=True, state=verdict.state, reason=reason, verdict=verdict, phase="", eta_s=None
+        )
+
+    def set_client(self, node_id: int, **changes: object) -> None:
+        """Change one client's line."""
+        clients = [
+            client.model_copy(update=changes) if client.node_id == str(node_id) else client
+            for client in self.record.clients
+        ]
+        self.update(clients=clients)
+
+    def set_clients(self, clients: Iterable[ClientProgress]) -> None:
+        """Replace all clients' lines."""
+        self.update(at_once=True, clients=list(clients))
+
+    def take_progress(self, round_: int) -> None:
+        """Copy what the nodes' egress hops reported about this round into their lines."""
+        for client in self.record.clients:
+            if client.phase not in ("sending", "training"):
+                continue
+            progress = self._read_progress(client.node_id)
+            if progress and progress.round == round_ and progress.phase == "training":
+                line = {"phase": "training", "step": progress.step, "steps": progress.steps}
+                self.set_client(int(client.node_id), **line, loss=progress.loss)
+
+    def is_stop_requested(self) -> bool:
+        """Whether somebody asked this run to end."""
+        return self._paths.stop_request(self.record.run_id).exists()
+
+    def _read_progress(self, node_id: str) -> NodeProgress | None:
+        with suppress(FileNotFoundError, DataError):
+            return read_record(self._paths.progress_dir / f"{node_id}.json", NodeProgress)
+        return None

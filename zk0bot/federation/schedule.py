@@ -1,0 +1,67 @@
+"""What the server decides for each client and round, in one place."""
+
+import hashlib
+import math
+
+from zk0bot.config.models import RunConfig
+from zk0bot.training.protocol import (
+    DatasetStatistics,
+    LearningRate,
+    NodeDescription,
+    PolicySpec,
+    TrainRequest,
+)
+
+
+def build_train_request(
+    config: RunConfig,
+    *,
+    spec: PolicySpec,
+    base_hash: str,
+    run_id: str,
+    round_: int,
+    node: NodeDescription,
+    statistics: DatasetStatistics | None,
+    evaluate_first: bool,
+) -> TrainRequest:
+    """The order of one node in one round; rounds count from 1."""
+    return TrainRequest(
+        spec=spec,
+        base_hash=base_hash,
+        run_id=run_id,
+        round=round_,
+        weights_path="",
+        statistics=statistics,
+        local_steps=config.local_steps,
+        local_epochs=config.local_epochs,
+        batch_size=config.batch_size,
+        learning_rate=learning_rate(config, round_, steps_per_round(config, node)),
+        proximal_mu=config.proximal_mu,
+        seed=node_seed(config.seed, node.name),
+        evaluate_first=evaluate_first,
+        eval_batches=config.eval_batches,
+    )
+
+
+def steps_per_round(config: RunConfig, node: NodeDescription) -> int:
+    """Optimizer steps of this node in each round."""
+    if not config.local_epochs:
+        return config.local_steps
+    return config.local_epochs * math.ceil(node.num_train_frames / config.batch_size)
+
+
+def learning_rate(config: RunConfig, round_: int, steps: int) -> LearningRate:
+    """The one curve over all rounds, and where on it this round begins."""
+    return LearningRate(
+        scheduler=config.scheduler_type,
+        initial_lr=config.initial_lr,
+        eta_min=config.eta_min,
+        warmup_steps=config.warmup_steps,
+        first_step=(round_ - 1) * steps,
+        total_steps=config.num_server_rounds * steps,
+    )
+
+
+def node_seed(seed: int, name: str) -> int:
+    """Another stream of batches and noise for each node; the same in every repetition."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4])

@@ -1,0 +1,110 @@
+"""The ServerApp: one process per run, wired from the run's folder."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from zk0bot.config.load import load_paths
+from zk0bot.config.models import RunConfig
+from zk0bot.config.paths import Paths
+from zk0bot.errors import RunError, Zk0Error
+from zk0bot.federation.cohort import Cohort
+from zk0bot.federation.evaluator import Evaluator
+from zk0bot.federation.output import OutputTree
+from zk0bot.federation.referee import Referee
+from zk0bot.federation.rounds import Federation, RunStopped
+from zk0bot.federation.run_log import RunLog
+from zk0bot.federation.transport import Courier
+from zk0bot.files import read_record
+from zk0bot.records import Verdict
+from zk0bot.report.verdict import judge
+from zk0bot.training.protocol import PolicySpec
+
+logger = logging.getLogger(__name__)
+app = ServerApp()
+
+UNEXPECTED = Verdict(state="failed", reasons=["the ServerApp crashed; its log has the traceback"])
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Take the run named in Flower's run configuration to its verdict."""
+    run_id = str(context.run_config["zk0-run"])
+    paths = load_paths()
+    run = Run.open(paths, run_id)
+    handler = log_to(Path(run.log.record.output_dir) / "server" / "server.log")
+    verdict = UNEXPECTED
+    try:
+        verdict = run.carry_out(grid)
+    finally:
+        run.log.finish(verdict)
+        logging.getLogger("zk0bot").removeHandler(handler)
+        handler.close()
+    if verdict.state == "failed":
+        raise RunError(verdict.reasons[0])  # so that Flower's own status tells the truth, too
+
+
+@dataclass
+class Run:
+    """A submitted run: its settings, its record, and where it writes."""
+
+    paths: Paths
+    config: RunConfig
+    log: RunLog
+
+    @classmethod
+    def open(cls, paths: Paths, run_id: str) -> "Run":
+        """Read the folder that ``zk0bot run`` has prepared."""
+        config = read_record(paths.run_config(run_id), RunConfig)
+        return cls(paths=paths, config=config, log=RunLog(paths, run_id))
+
+    def carry_out(self, grid: Grid) -> Verdict:
+        """All rounds, and what they are worth."""
+        output = OutputTree(Path(self.log.record.output_dir))
+        output.write_config(self.config)
+        try:
+            federation = self._wire(grid, output)
+            federation.run()
+        except RunStopped as stop:
+            return Verdict(state="stopped", reasons=[stop.message])
+        except Zk0Error as error:
+            logger.error("%s", error.message)
+            hint = f" ({error.hint})" if error.hint else ""
+            return Verdict(state="failed", reasons=[error.message + hint])
+        return judge(
+            federation.outcomes,
+            planned_rounds=self.config.num_server_rounds,
+            min_clients=self.config.min_fit_clients,
+            worse_margin=self.config.worse_margin,
+            losses=output.losses,
+        )
+
+    def _wire(self, grid: Grid, output: OutputTree) -> Federation:
+        spec = PolicySpec(policy=self.config.policy, seed=self.config.seed)
+        evaluator = Evaluator(self.paths.evaluator_dir, spec, self.config)
+        self.log.enter("building the policy", output_dir=str(output.root))
+        initial, weights = evaluator.initial_weights()
+        return Federation(
+            config=self.config,
+            courier=Courier(grid),
+            cohort=Cohort(config=self.config, spec=spec, base_hash=initial.base_hash),
+            referee=Referee(config=self.config, evaluator=evaluator, output=output, log=self.log),
+            log=self.log,
+            output=output,
+            scratch=self.paths.run_dir(self.log.record.run_id) / "updates",
+            weights=weights,
+        )
+
+
+def log_to(path: Path) -> logging.Handler:
+    """Also write what zk0bot logs to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger("zk0bot")
+    root.setLevel(logging.INFO)
+    root.addHandler(handler)
+    return handler

@@ -1,0 +1,100 @@
+"""Orders out and replies in, over Flower's Grid: one message per push, one reply at a time."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import httpx
+from flwr.app import Message as FlowerMessage
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+from zk0bot.federation.messages import pack, unpack_failure
+from zk0bot.training.protocol import Message
+
+logger = logging.getLogger(__name__)
+
+FLOWER_FAILURES = {
+    2: "its ClientApp raised an exception",
+    5: "it went offline",
+    7: "it refused the app bundle",
+    8: "its ClientApp process died",
+}
+"""Flower's error codes in a node's place, in words (flwr.common.constant.ErrorCode)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What came back from one node: content, or the reason why there is none."""
+
+    node_id: int
+    content: RecordDict | None
+    failure: str = ""
+
+
+class Courier:
+    """Sends at most one order to a node at a time: a node that owes a reply gets no other."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._owed: dict[int, str] = {}
+
+    def nodes(self) -> list[int]:
+        """Nodes online now, in ascending order."""
+        return sorted(self._grid.get_node_ids())
+
+    def is_busy(self, node_id: int) -> bool:
+        """Whether this node still owes a reply."""
+        return node_id in self._owed
+
+    def send(
+        self,
+        node_id: int,
+        kind: str,
+        body: Message,
+        *,
+        group: str,
+        deadline_s: float,
+        blob: bytes | None = None,
+    ) -> str:
+        """Send ``body``; empty on success, else why it could not be sent."""
+        assert node_id not in self._owed
+        content = pack(body, blob=blob, deadline_s=deadline_s)
+        message = FlowerMessage(content, node_id, kind, group_id=group)
+        try:
+            (message_id,) = self._grid.push_messages([message])
+        except (ObjectPushError, httpx.HTTPStatusError) as error:
+            logger.warning("node %s: order not sent: %s", node_id, error)
+            return "the order could not be sent"
+        if not message_id:
+            return "the SuperLink refused the order"
+        self._owed[node_id] = message_id
+        return ""
+
+    def poll(self, node_ids: Iterable[int]) -> Iterator[Reply]:
+        """Replies that have arrived from these nodes; each is pulled when it is asked for."""
+        for node_id in [n for n in node_ids if n in self._owed]:
+            for message in self._grid.pull_messages([self._owed[node_id]]):
+                del self._owed[node_id]
+                yield _read(node_id, message)
+
+    def drop_late(self, online: Iterable[int], *, keep: Iterable[int]) -> None:
+        """Take in replies to closed rounds, unread, and forget what absent nodes owe.
+
+        Nodes in ``keep`` owe something that is still wanted.
+        """
+        wanted, present = set(keep), set(online)
+        for reply in self.poll([n for n in self._owed if n not in wanted]):
+            logger.info("node %s: a late reply was dropped", reply.node_id)
+        self._owed = {n: message for n, message in self._owed.items() if n in present}
+
+
+def _read(node_id: int, message: FlowerMessage) -> Reply:
+    if message.has_error():
+        words = FLOWER_FAILURES.get(message.error.code, f"Flower error {message.error.code}")
+        logger.warning("node %s: %s: %s", node_id, words, message.error.reason)
+        return Reply(node_id=node_id, content=None, failure=words)
+    if failed := unpack_failure(message.content):
+        return Reply(node_id=node_id, content=None, failure=failed.sentence)
+    return Reply(node_id=node_id, content=message.content)
