@@ -192,12 +192,10 @@ block() {
   printf '%s\n' "$BLOCK_END"
 }
 
-has_# block KIND: what the start file gets; KIND is the end of its name.
-block() { [ -f "$1" ] && grep -qxF "$BLOCK_BEGIN" "$1" && grep -qxF "$BLOCK_END" "$1"; }
+has_block() { [ -f "$1" ] && grep -qxF "$BLOCK_BEGIN" "$1" && grep -qxF "$BLOCK_END" "$1"; }
 
 # Rewrites in place, so that links and permissions of the file stay.
-remove_# block KIND: what the start file gets; KIND is the end of its name.
-block() {
+remove_block() {
   local rest
   has_block "$1" || return 0
   rest="$(mktemp)"
@@ -220,7 +218,7 @@ uninstall() {
 purge() {
   local name
   remove_program
-  for name in cache clients demo flwr logs python server state tools; do
+  for name in cache clients demo flwr logs python server state tools hf_token; do
     rm -rf "${ZK0BOT_ROOT:?}/$name"
   done
   if rmdir "$ZK0BOT_ROOT" 2>/dev/null; then say "removed $ZK0BOT_ROOT, keys included"; fi

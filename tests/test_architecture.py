@@ -1,0 +1,108 @@
+"""Contracts of the whole code base: who may import whom, what is loaded, what is documented."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from zk0bot.config.load import Sources, load_catalogue, load_client, load_run, load_server
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "zk0bot"
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "bundle"]
+"""Without the modules of three lines that Flower ships."""
+CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
+HEAVY = ("torch", "lerobot", "flwr", "transformers", "mujoco", "matplotlib", "pandas")
+VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "task"}
+LONGEST_FUNCTION = 60
+"""Lines; past 40 a function should find the step that has a name."""
+
+
+def test_imports_go_down_only() -> None:
+    lint = Path(sys.executable).with_name("lint-imports")
+    result = subprocess.run(
+        [lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["status", "--json"]], ids=" ".join)
+def test_the_terminal_loads_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from zk0bot.cli.app import main\n"
+        f"sys.argv = ['zk0bot', *{arguments!r}]\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        f"print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stderr.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    if path.name == "datasets.toml":
+        assert load_catalogue().clients
+        return
+    sources = Sources(file=path)
+    for load in (load_run, load_server, load_client):
+        env = {"DATASET_URI": "sim:touch-red"} if load is load_client else {}
+        assert load(sources, env=env)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_says_what_it_is_and_has_a_telling_name(path: Path) -> None:
+    assert path.stem not in VAGUE
+    tree = ast.parse(path.read_text())
+    if tree.body:
+        assert ast.get_docstring(tree), f"{path} has no docstring"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_public_functions_have_a_docstring(path: Path) -> None:
+    missing = [
+        f"{path.name}:{node.lineno} {node.name}"
+        for node in _public_functions(ast.parse(path.read_text()))
+        if not ast.get_docstring(node)
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_functions_fit_a_screen(path: Path) -> None:
+    tall = [
+        f"{path.name}:{node.lineno} {node.name}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno >= LONGEST_FUNCTION
+    ]
+    assert not tall
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_stand_at_the_top(path: Path) -> None:
+    inner = [
+        f"{path.name}:{node.lineno}"
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert not inner
+
+
+def _public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Public functions at module level that are more than one statement behind a good name."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            is_public = not node.name.startswith("_") and node.name != "main"
+            if is_public and (len(node.body) > 1 or isinstance(node.body[0], ast.If | ast.For)):
+                yield node
