@@ -297,18 +297,22 @@ def make_vlm(folder: Path) -> None:
             "global_image_token": "<global-img>",
         },
     )  # fmt: skip
-    small = dict(
-        hidden_size=64, intermediate_size=128, num_attention_heads=2, initializer_range=0.1
-    )
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "initializer_range": 0.1,
+    }
     config = SmolVLMConfig(
-        text_config=small | dict(
-            model_type="llama", num_hidden_layers=2, num_key_value_heads=1, head_dim=32,
-            vocab_size=len(fast), max_position_embeddings=1024, rms_norm_eps=1e-5,
-            rope_theta=100000.0,
-        ),
-        vision_config=small | dict(
-            model_type="smolvlm_vision", num_hidden_layers=1, image_size=64, patch_size=16
-        ),
+        text_config=small | {
+            "model_type": "llama", "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 32,
+            "vocab_size": len(fast), "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
+            "rope_theta": 100000.0,
+        },
+        vision_config=small | {
+            "model_type": "smolvlm_vision", "num_hidden_layers": 1,
+            "image_size": 64, "patch_size": 16,
+        },
         scale_factor=4, image_token_id=fast.convert_tokens_to_ids("<image>"),
         pad_token_id=fast.pad_token_id, tie_word_embeddings=False,
     )  # fmt: skip

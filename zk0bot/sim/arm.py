@@ -122,7 +122,8 @@ def solve_reach(arm: Arm, goal: ArrayLike, start: ArrayLike, *, iterations: int 
     data.qpos[: len(JOINTS)] = to_radians(start)
     low, high = model.jnt_range[:REACHING].T
     moves, turns = np.zeros((3, model.nv)), np.zeros((3, model.nv))
-    for _ in range(iterations):
+    for k in range(iterations):
+        tilt_weight = _TILT_WEIGHT * min(1.0, 2 - 2 * k / iterations)
         mujoco.mj_kinematics(model, data)
         mujoco.mj_comPos(model, data)
         mujoco.mj_jacSite(model, data, moves, turns, site)
@@ -130,8 +131,8 @@ def solve_reach(arm: Arm, goal: ArrayLike, start: ArrayLike, *, iterations: int 
         tilt = np.cross(data.site_xmat[site].reshape(3, 3)[:, 0], [0.0, 0.0, -1.0])
         if np.linalg.norm(miss) < 1e-3 and np.linalg.norm(tilt) < 0.15:
             break
-        jacobian = np.vstack([moves[:, :REACHING], _TILT_WEIGHT * turns[:, :REACHING]])
-        error = np.concatenate([miss, _TILT_WEIGHT * tilt])
+        jacobian = np.vstack([moves[:, :REACHING], tilt_weight * turns[:, :REACHING]])
+        error = np.concatenate([miss, tilt_weight * tilt])
         step = jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + 1e-4 * np.eye(6), error)
         data.qpos[:REACHING] = np.clip(data.qpos[:REACHING] + step.clip(-0.2, 0.2), low, high)
     mujoco.mj_kinematics(model, data)
@@ -140,4 +141,4 @@ def solve_reach(arm: Arm, goal: ArrayLike, start: ArrayLike, *, iterations: int 
 
 
 _TILT_WEIGHT = 0.12
-"""Metres that a radian of tilt is worth: the position comes first."""
+"""Metres that a radian of tilt is worth at first; it fades, so that the position comes first."""
