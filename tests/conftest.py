@@ -50,16 +50,26 @@ def root() -> Path:
 
 
 @pytest.fixture
-def uv_cache_dir() -> Path:
-    """uv's cache as filled by scripts/setup.sh, so that a test installs without a download."""
-    return _CALLERS_UV_CACHE
+def uv_environment(tmp_path: Path) -> dict[str, str]:
+    """PATH with the uv and the cache of scripts/setup.sh: installs what .venv has, offline.
 
-
-@pytest.fixture
-def uv() -> Path:
-    """The uv that scripts/setup.sh uses, or the one that came with Flower."""
-    private = _CALLERS_ZK0BOT / "tools" / "uv" / "bin" / "uv"
-    return private if private.exists() else Path(shutil.which("uv") or sys.prefix + "/bin/uv")
+    Where only the uv that came with Flower is found, whose cache is another, online.
+    """
+    venv_bin = Path(sys.prefix) / "bin"
+    others = os.pathsep.join(
+        part for part in os.environ["PATH"].split(os.pathsep) if Path(part) != venv_bin
+    )
+    private = _CALLERS_ZK0BOT / "tools" / "uv" / "bin"
+    found = shutil.which("uv", path=f"{private}{os.pathsep}{others}")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "uv").symlink_to(found or venv_bin / "uv")
+    environment = {
+        "PATH": f"{tools}:{Path(sys.executable).resolve().parent}:/usr/bin:/bin",
+        "UV_CACHE_DIR": str(_CALLERS_UV_CACHE),
+        "UV_COMPILE_BYTECODE": "0",
+    }
+    return environment | ({"UV_OFFLINE": "1"} if found else {})
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The scripts as an operator runs them: a release served on loopback, a private home, real uv."""
 
 import functools
-import os
 import shutil
 import subprocess
 import sys
@@ -50,22 +49,10 @@ class Operator:
 
 
 @pytest.fixture
-def operator(home: Path, tmp_path: Path, uv: Path, uv_cache_dir: Path) -> Operator:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "uv").symlink_to(uv)
+def operator(tmp_path: Path, uv_environment: dict[str, str]) -> Operator:
     person = tmp_path / "operator"
     person.mkdir()
-    python_dir = Path(os.path.realpath(sys.executable)).parent
-    env = {
-        "HOME": str(person),
-        "SHELL": "/bin/bash",
-        "PATH": f"{tools}:{python_dir}:/usr/bin:/bin",
-        "UV_CACHE_DIR": str(uv_cache_dir),
-        "UV_OFFLINE": "1",
-        "UV_COMPILE_BYTECODE": "0",
-    }
-    return Operator(home=person, env=env)
+    return Operator(home=person, env={**uv_environment, "HOME": str(person), "SHELL": "/bin/bash"})
 
 
 @pytest.fixture
@@ -237,7 +224,7 @@ def test_a_set_up_checkout_is_ready_at_once_and_asks_nothing_of_the_network(
     (venv_bin / "zk0bot").chmod(0o755)
     stamp = ". scripts/setup.sh; use_private_places; wanted >.venv/.zk0bot-run"
     subprocess.run(["bash", "-c", stamp], cwd=checkout, env=operator.env, check=True)
-    broken_uv = tmp_path / "bin" / "uv"
+    broken_uv = tmp_path / "tools" / "uv"
     broken_uv.unlink()
     broken_uv.write_text("#!/bin/sh\nexit 70\n")
     broken_uv.chmod(0o755)
