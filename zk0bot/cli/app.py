@@ -1,0 +1,126 @@
+"""The ``zk0bot`` command: the table of commands, and the boundary where errors end.
+
+A command's module is imported when the command is used, so that ``--help`` stays fast.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import typer
+import typer.core
+import typer.main
+
+from zk0bot.cli.show import Show
+from zk0bot.errors import Zk0Error
+
+INTERRUPTED = 130
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+"""Typer does not export the base of its usage errors."""
+_EPILOG = """\b
+Exit status:
+  0    success; for run: completed
+  1    failed: the message says what, the hint what to do
+  2    wrong usage, setting or name
+  3    run completed with warnings
+  4    run failed
+  5    run stopped
+  130  interrupted with Ctrl-C
+
+State lies in ~/.zk0bot (ZK0BOT_HOME); results go to ./outputs. With --json, standard output is
+exactly one JSON document, errors included."""
+
+
+class CommandEntry(NamedTuple):
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "demo": CommandEntry("zk0bot.cli.demo", "Show the whole story on this machine in minutes."),
+    "server": CommandEntry("zk0bot.cli.server", "Start, stop and look at the server."),
+    "client": CommandEntry("zk0bot.cli.client", "Start, stop and look at clients."),
+    "run": CommandEntry("zk0bot.cli.run", "Run rounds of federated training."),
+    "runs": CommandEntry("zk0bot.cli.runs", "List the runs of this server."),
+    "status": CommandEntry("zk0bot.cli.status", "Show what runs on this machine."),
+    "stop": CommandEntry("zk0bot.cli.stop", "Stop the run under way."),
+    "version": CommandEntry("zk0bot.cli.version", "Show the versions in use."),
+}
+
+
+class Application(typer.core.TyperGroup):
+    """Loads commands on use; turns every expected failure into a message and an exit status."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        show = Show(is_json=_wants_json(args))
+        ctx.obj = ctx.obj or show
+        ctx.obj.is_json = show.is_json
+        try:
+            return super().parse_args(ctx, args)
+        except _USAGE_ERROR as error:
+            raise _usage_exit(ctx.obj, error) from None
+
+    def invoke(self, ctx: Any) -> Any:
+        show: Show = ctx.obj
+        try:
+            return super().invoke(ctx)
+        except Zk0Error as error:
+            show.error(error)
+            raise typer.Exit(error.exit_code) from None
+        except _USAGE_ERROR as error:
+            raise _usage_exit(show, error) from None
+        except (KeyboardInterrupt, typer.Abort):
+            show.problem("interrupted", "interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        return typer.main.get_command(import_module(entry.module).app)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+
+app = typer.Typer(
+    name="zk0bot",
+    cls=Application,
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def root() -> None:
+    """Train one SmolVLA policy together; no raw data leaves a machine."""
+
+
+def main() -> None:
+    """Entry point of the ``zk0bot`` program."""
+    app(prog_name="zk0bot")
+
+
+def _wants_json(args: Sequence[str]) -> bool:
+    options = args[: args.index("--")] if "--" in args else args
+    return "--json" in options
+
+
+def _usage_exit(show: Show, error: Any) -> typer.Exit:
+    """Show a usage error as Typer would, or as JSON; exit status 2."""
+    hint = f"{error.ctx.command_path} --help" if error.ctx else "zk0bot --help"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        show.note(error.ctx.get_help())
+    else:
+        show.problem("usage", error.format_message(), hint=hint)
+    return typer.Exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Options and start-up that several commands share."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zk0bot.cli.show import Show
+from zk0bot.config.load import find_secrets, inherited_environment, load_paths
+from zk0bot.ops.host import TmuxHost
+from zk0bot.ops.services import Machine
+from zk0bot.ops.specs import Surroundings
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML file with tables run, policy, server, client."),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; repeatable.")
+]
+Lines = Annotated[int, typer.Option("--lines", "-n", min=1, help="Last lines of each log.")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")]
+ProcessName = Annotated[
+    str | None, typer.Option("--process", "-p", help="Only this process's log.")
+]
+
+
+def build_group(help: str) -> typer.Typer:
+    """A command group in zk0bot's manner."""
+    return typer.Typer(
+        help=help, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+    )
+
+
+def get_show(ctx: typer.Context) -> Show:
+    """The terminal of this invocation."""
+    show = ctx.find_object(Show)
+    assert show is not None, "Application puts it there"
+    return show
+
+
+def build_machine(show: Show) -> Machine:
+    """This machine, with tmux unless a test brought another host."""
+    paths = load_paths()
+    env = inherited_environment()
+    return Machine(
+        paths=paths,
+        host=show.host or TmuxHost(paths.tmux_socket, env),
+        surroundings=Surroundings(python=Path(sys.executable), env=env),
+        secrets=find_secrets(paths),
+    )

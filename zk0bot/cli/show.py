@@ -1,0 +1,82 @@
+"""The terminal: standard output is the result, standard error is everything else."""
+
+import json
+import sys
+from typing import Any, Protocol
+
+from zk0bot.errors import Zk0Error
+
+
+class Showable(Protocol):
+    """A record with two views: JSON by its fields, text by ``to_text``."""
+
+    def to_text(self) -> str: ...
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+class Show:
+    """Writes results, notes and errors. Nothing else in zk0bot writes to the terminal."""
+
+    def __init__(self, *, is_json: bool = False) -> None:
+        self.is_json = is_json
+        self.host: Any = None
+        """A Host that tests put in place of tmux."""
+        self._waiting = ""
+
+    def result(self, record: Showable) -> None:
+        """The command's result; called once."""
+        self._settle()
+        self._write_out(_to_json(record.model_dump(mode="json")) if self.is_json
+                        else record.to_text())  # fmt: skip
+
+    def line(self, text: str) -> None:
+        """One line of a stream that the result ends; goes to stderr when that is JSON."""
+        if self.is_json:
+            self.note(text)
+        else:
+            self._write_out(text)
+
+    def note(self, text: str) -> None:
+        """Something that is not the result."""
+        self._settle()
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+    def waiting(self, text: str) -> None:
+        """What is being waited for: one changing line in a terminal, one line per change else."""
+        message = f"waiting for {text}"
+        if not sys.stderr.isatty():
+            self.note(message)
+            return
+        sys.stderr.write(f"\r\x1b[K{message[:78]}")
+        sys.stderr.flush()
+        self._waiting = message
+
+    def error(self, error: Zk0Error) -> None:
+        """An expected failure, with its hint."""
+        self._report(error.to_dict())
+
+    def problem(self, code: str, message: str, *, hint: str | None = None) -> None:
+        """A failure that is no Zk0Error: wrong usage, an interruption."""
+        self._report({"code": code, "message": message, "hint": hint})
+
+    def _report(self, error: dict[str, str | None]) -> None:
+        hint = f"\nhint: {error['hint']}" if error["hint"] else ""
+        self.note(f"error: {error['message']}{hint}")
+        if self.is_json:
+            self._write_out(_to_json({"error": error}))
+
+    def _settle(self) -> None:
+        """End the changing line."""
+        if self._waiting:
+            sys.stderr.write("\r\x1b[K")
+            self._waiting = ""
+
+    def _write_out(self, text: str) -> None:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False)

@@ -1,0 +1,15 @@
+"""``zk0bot status``."""
+
+import typer
+
+from zk0bot.cli.option import JsonFlag, build_machine, get_show
+from zk0bot.ops.services import get_status
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def status(ctx: typer.Context, json: JsonFlag = False) -> None:
+    """Show what runs on this machine: the server, clients, the run."""
+    show = get_show(ctx)
+    show.result(get_status(build_machine(show)))

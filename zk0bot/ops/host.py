@@ -1,0 +1,150 @@
+"""tmux: the only module that talks to it.
+
+zk0bot has a tmux socket of its own and ignores the user's configuration; other sessions are never
+touched. Each process is the command of its own window, and a dead one keeps its window, so that
+its exit status can be read.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import libtmux
+
+from zk0bot.errors import ServiceError
+from zk0bot.ops import launch
+from zk0bot.ops.specs import ProcessSpec, SessionSpec
+
+_PLACEHOLDER = "exec cat"
+"""Keeps a new window open until its log is connected."""
+_NOTHING_THERE = re.compile(
+    "no server running|can't find session|no such file|error connecting|session not found"
+    "|server exited",
+    re.IGNORECASE,
+)
+_FORMAT = "\t".join(
+    f"#{{{name}}}"
+    for name in ("window_name", "pane_pid", "pane_dead", "pane_dead_status", "pane_dead_signal")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pane:
+    """One process, as tmux sees it."""
+
+    name: str
+    pid: int
+    is_dead: bool = False
+    exit_status: int | None = None
+    """Of a dead process; minus the signal's number where a signal ended it."""
+
+
+class Host(Protocol):
+    """Where sessions run. ``tests/fake_host.py`` has one without tmux."""
+
+    def sessions(self) -> list[str]: ...
+
+    def panes(self, session: str) -> list[Pane]: ...
+
+    def start(self, session: SessionSpec, processes: Sequence[ProcessSpec]) -> None: ...
+
+    def restart(self, session: str, process: ProcessSpec) -> None: ...
+
+    def end(self, session: str) -> None: ...
+
+    def attach_command(self, session: str) -> list[str]: ...
+
+
+class TmuxHost:
+    """Sessions on one tmux socket."""
+
+    def __init__(self, socket: str, env: Mapping[str, str]) -> None:
+        """``env`` is all that the tmux server gets to see. ServiceError when there is no tmux."""
+        if shutil.which("tmux") is None:
+            raise ServiceError("tmux is not installed", hint=_install_command())
+        self._socket = socket
+        self._env = dict(env)
+        self._server = libtmux.Server(socket_name=socket, config_file="/dev/null")
+
+    def sessions(self) -> list[str]:
+        """Names of the sessions on this socket."""
+        return self._ask("list-sessions", "-F", "#{session_name}")
+
+    def panes(self, session: str) -> list[Pane]:
+        """The processes of ``session``; none when it is not there."""
+        return [
+            _parse(line) for line in self._ask("list-panes", "-s", "-t", session, "-F", _FORMAT)
+        ]
+
+    def start(self, session: SessionSpec, processes: Sequence[ProcessSpec]) -> None:
+        """Open a window for each process, in ``session``, which is made if it is not there."""
+        for process in processes:
+            if session.name in self.sessions():
+                self._do("new-window", "-d", "-t", f"={session.name}:", "-n", process.name,
+                         _PLACEHOLDER)  # fmt: skip
+            else:
+                self._create(session.name, process.name)
+            target = f"={session.name}:={process.name}"
+            log = shlex.quote(str(process.log_path))
+            self._do("pipe-pane", "-o", "-t", target, f"exec cat >>{log}")
+            self.restart(session.name, process)
+
+    def restart(self, session: str, process: ProcessSpec) -> None:
+        """Run ``process`` in its window, ending what runs there."""
+        command = f"exec {shlex.join(_launch_command(process))}"
+        self._do("respawn-pane", "-k", "-t", f"={session}:={process.name}", command)
+
+    def end(self, session: str) -> None:
+        """Close ``session`` and, when it was the last, the tmux server of this socket."""
+        self._ask("kill-session", "-t", f"={session}")
+
+    def attach_command(self, session: str) -> list[str]:
+        """Command line that shows ``session`` in a terminal."""
+        return ["tmux", "-L", self._socket, "attach-session", "-t", f"={session}"]
+
+    def _create(self, session: str, window: str) -> None:
+        """The first session starts the tmux server: with no environment that could leak."""
+        command = ["tmux", "-L", self._socket, "-f", "/dev/null", "new-session", "-d"]
+        command += ["-s", session, "-n", window, "-x", "160", "-y", "48", _PLACEHOLDER]
+        done = subprocess.run(command, env=self._env, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise ServiceError(f"tmux cannot open session {session}: {done.stderr.strip()}")
+        self._do("set-option", "-wg", "remain-on-exit", "on")
+        self._do("set-option", "-wg", "automatic-rename", "off")
+
+    def _ask(self, *arguments: str) -> list[str]:
+        """Lines of tmux's answer; none where what it was asked about does not exist."""
+        answer = self._server.cmd(*arguments)
+        problem = " ".join(answer.stderr)
+        if problem and not _NOTHING_THERE.search(problem):
+            raise ServiceError(f"tmux {arguments[0]}: {problem}")
+        return list(answer.stdout) if not problem else []
+
+    def _do(self, *arguments: str) -> None:
+        answer = self._server.cmd(*arguments)
+        if answer.stderr:
+            raise ServiceError(f"tmux {arguments[0]}: {' '.join(answer.stderr)}")
+
+
+def _launch_command(process: ProcessSpec) -> list[str]:
+    return [sys.executable, "-I", "-S", launch.__file__, str(process.spec_path)]
+
+
+def _parse(line: str) -> Pane:
+    name, pid, dead, status, signal = line.split("\t")
+    is_dead = dead == "1"
+    exit_status = -int(signal) if signal else int(status) if status else None
+    return Pane(
+        name=name, pid=int(pid), is_dead=is_dead, exit_status=exit_status if is_dead else None
+    )
+
+
+def _install_command() -> str:
+    if sys.platform == "darwin":
+        return "brew install tmux"
+    return "sudo apt-get install -y tmux"

@@ -1,0 +1,254 @@
+"""Which processes there are: their names, command lines, environments and logs.
+
+Pure functions of settings and paths: nothing here touches tmux, the disk or the clock. Nobody else
+spells the name of a session, a window or a program.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import zk0bot
+from zk0bot.config.models import ClientConfig, ServerConfig
+from zk0bot.config.paths import Paths
+from zk0bot.records import Record
+
+SUPERVISOR = "supervisor"
+SERVER_SESSION = "zk0-server"
+CLIENT_SESSION_PREFIX = "zk0-client-"
+SESSION_MARKER = "ZK0BOT_SESSION"
+"""Environment variable that every started process and its children carry: the service's folder."""
+
+_FLOWER_ENV = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",  # the default of 1 s is paid for every message
+}
+
+
+class ProcessSpec(Record):
+    """One process: what is executed, as the command of its own tmux window."""
+
+    name: str
+    """Name of the window, and what messages call the process."""
+    argv: tuple[str, ...]
+    """The program's absolute path and its arguments; never a secret."""
+    env: dict[str, str]
+    """The whole environment, but for what ``secrets_path`` adds; never a secret."""
+    cwd: Path
+    log_path: Path
+    secrets_path: Path | None = None
+    """A private JSON file with more variables (tokens), read by the process as it starts."""
+
+    @property
+    def spec_path(self) -> Path:
+        """Where this spec is saved, beside the log."""
+        return self.log_path.with_suffix(".json")
+
+
+class SessionSpec(Record):
+    """One service: a tmux session with a window for each process; ``session.json``."""
+
+    name: str
+    kind: Literal["server", "client"]
+    socket: str
+    """tmux socket name."""
+    root: Path
+    """State root."""
+    dir: Path
+    """The service's private folder."""
+    ports: tuple[int, ...]
+    """Loopback and public ports that its processes listen on."""
+    address: str
+    """HOST:PORT that clients reach: this server's, or the one a client connects to."""
+    processes: tuple[ProcessSpec, ...]
+    """In start order; the supervisor is the last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What specs need to know of this machine."""
+
+    python: Path
+    """The interpreter of zk0bot's environment; Flower's programs lie beside it."""
+    env: Mapping[str, str]
+    """Variables that every process inherits; without secrets."""
+
+
+def session_path(service_dir: Path) -> Path:
+    """SessionSpec with which the service in this folder was started."""
+    return service_dir / "session.json"
+
+
+def supervisor_path(service_dir: Path) -> Path:
+    """SupervisorRecord of the service in this folder."""
+    return service_dir / "supervisor.json"
+
+
+def secrets_path(service_dir: Path) -> Path:
+    """Variables that only the trainer gets; readable by the owner only."""
+    return service_dir / "secrets.json"
+
+
+def logs_dir(service_dir: Path) -> Path:
+    return service_dir / "logs"
+
+
+def log_path(service_dir: Path, process: str) -> Path:
+    return logs_dir(service_dir) / f"{process}.log"
+
+
+def superlink_database(paths: Paths) -> Path:
+    return paths.server_dir / "superlink.db"
+
+
+def flower_home(service_dir: Path) -> Path:
+    """FLWR_HOME of one service; Flower unpacks the bundle below it."""
+    return service_dir / "flwr"
+
+
+def client_session_name(slug: str) -> str:
+    return f"{CLIENT_SESSION_PREFIX}{slug}"
+
+
+def server_session(paths: Paths, config: ServerConfig, machine: Surroundings) -> SessionSpec:
+    """The server's processes."""
+    build = _Builder(paths=paths, dir=paths.server_dir, machine=machine)
+    superlink = f"127.0.0.1:{config.superlink_port}"
+    processes = (
+        build.flower(
+            "superlink",
+            "flower-superlink",
+            *("--insecure", "--isolation", "process"),
+            *("--host", "127.0.0.1", "--port", str(config.superlink_port)),
+            *("--database", str(superlink_database(paths))),
+            "--disable-runtime-dependency-installation",
+        ),
+        build.flower(
+            "serverapp",
+            "flower-superexec",
+            *("--insecure", "--runtime-api-address", superlink),
+        ),
+        build.ours(
+            "gateway",
+            "zk0bot.gateway.server",
+            *("--host", config.host, "--port", str(config.port)),
+            *("--superlink", superlink, "--progress-dir", str(paths.progress_dir)),
+        ),
+        build.trainer("evaluator", paths.evaluator_dir, "server"),
+        build.supervisor(),
+    )
+    return SessionSpec(
+        name=SERVER_SESSION,
+        kind="server",
+        socket=paths.tmux_socket,
+        root=paths.root,
+        dir=paths.server_dir,
+        ports=(config.port, config.superlink_port),
+        address=f"{config.host}:{config.port}",
+        processes=processes,
+    )
+
+
+def client_session(
+    paths: Paths,
+    slug: str,
+    config: ClientConfig,
+    machine: Surroundings,
+    *,
+    egress_port: int,
+    runtime_port: int,
+) -> SessionSpec:
+    """One client's processes."""
+    service_dir = paths.client_dir(slug)
+    build = _Builder(paths=paths, dir=service_dir, machine=machine)
+    processes = (
+        build.trainer("trainer", service_dir, "node"),
+        build.ours(
+            "egress",
+            "zk0bot.gateway.egress",
+            *("--dir", str(service_dir), "--port", str(egress_port), "--upstream", config.server),
+        ),
+        build.flower(
+            "supernode",
+            "flower-supernode",
+            *("--insecure", "--superlink", f"127.0.0.1:{egress_port}", "--isolation", "process"),
+            *("--host", "127.0.0.1", "--port", str(runtime_port)),
+        ),
+        build.clientapp(f"127.0.0.1:{runtime_port}"),
+        build.supervisor(),
+    )
+    return SessionSpec(
+        name=client_session_name(slug),
+        kind="client",
+        socket=paths.tmux_socket,
+        root=paths.root,
+        dir=service_dir,
+        ports=(egress_port, runtime_port),
+        address=config.server,
+        processes=processes,
+    )
+
+
+def clientapp_bin_dir() -> Path:
+    """Folder with our slim ``flwr-clientapp``, found before Flower's own."""
+    return Path(zk0bot.__file__).parent / "federation" / "bin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Builder:
+    """Builds the processes of one service."""
+
+    paths: Paths
+    dir: Path
+    machine: Surroundings
+
+    def flower(self, name: str, program: str, *arguments: str) -> ProcessSpec:
+        return self._process(name, (str(self._bin_dir / program), *arguments))
+
+    def ours(self, name: str, module: str, *arguments: str) -> ProcessSpec:
+        return self._process(name, (str(self.machine.python), "-m", module, *arguments))
+
+    def trainer(self, name: str, private_dir: Path, role: Literal["server", "node"]) -> ProcessSpec:
+        spec = self.ours(name, "zk0bot.training.trainer", "--dir", str(private_dir), "--role", role)
+        return spec.model_copy(update={"secrets_path": secrets_path(self.dir)})
+
+    def clientapp(self, runtime_api: str) -> ProcessSpec:
+        spec = self.flower(
+            "clientapp", "flower-superexec", "--insecure", "--runtime-api-address", runtime_api
+        )
+        path = f"{clientapp_bin_dir()}:{spec.env['PATH']}"
+        extra = {"PATH": path, "ZK0BOT_CLIENT_DIR": str(self.dir)}
+        return spec.model_copy(update={"env": {**spec.env, **extra}})
+
+    def supervisor(self) -> ProcessSpec:
+        return self.ours(SUPERVISOR, "zk0bot.ops.supervisor", "--dir", str(self.dir))
+
+    @property
+    def _bin_dir(self) -> Path:
+        return self.machine.python.parent
+
+    def _process(self, name: str, argv: tuple[str, ...]) -> ProcessSpec:
+        return ProcessSpec(
+            name=name,
+            argv=argv,
+            env=self._env(),
+            cwd=self.dir,
+            log_path=log_path(self.dir, name),
+        )
+
+    def _env(self) -> dict[str, str]:
+        cache = self.paths.cache_dir
+        return {
+            **self.machine.env,
+            **_FLOWER_ENV,
+            "PATH": f"{self._bin_dir}:{self.machine.env.get('PATH', '/usr/bin:/bin')}",
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": "1",
+            "FLWR_HOME": str(flower_home(self.dir)),
+            "HF_HOME": str(self.dir / "hf"),
+            "HF_HUB_CACHE": str(cache / "hub"),
+            "ZK0BOT_HOME": str(self.paths.root),
+            SESSION_MARKER: str(self.dir),
+        }

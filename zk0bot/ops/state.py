@@ -1,0 +1,321 @@
+"""What runs here, as records: collected from tmux and files, drawn by every view."""
+
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from zk0bot.config.models import ClientConfig
+from zk0bot.config.paths import Paths, client_config, link_state, trainer_state
+from zk0bot.files import read_record
+from zk0bot.ops.host import Host, Pane
+from zk0bot.ops.process import is_alive, started_at
+from zk0bot.ops.specs import (
+    SERVER_SESSION,
+    SessionSpec,
+    client_session_name,
+    session_path,
+    supervisor_path,
+)
+from zk0bot.records import LinkState, Record, RunRecord, TrainerState, now
+
+SessionState = Literal["running", "degraded", "stopped"]
+
+
+class RestartRecord(Record):
+    """What the supervisor knows of one process."""
+
+    restarts: int = 0
+    last_exit_status: int | None = None
+    last_exit_at: datetime | None = None
+
+
+class SupervisorRecord(Record):
+    """``supervisor.json``."""
+
+    pid: int
+    services: dict[str, RestartRecord] = Field(default_factory=dict)
+    updated_at: datetime = Field(default_factory=now)
+
+
+class ServiceStatus(Record):
+    """One process of a service."""
+
+    name: str
+    state: Literal["running", "exited", "absent"]
+    pid: int | None = None
+    uptime_s: float | None = None
+    exit_status: int | None = None
+    """Last exit status, also of an earlier life; minus the number of the signal that ended it."""
+    restarts: int = 0
+
+    def to_text(self) -> str:
+        parts = [f"  {self.name:<11} {self.state:<8}"]
+        if self.pid:
+            parts.append(f"pid {self.pid:<8}")
+        if self.uptime_s is not None:
+            parts.append(f"up {format_duration(self.uptime_s):<7}")
+        if self.restarts:
+            parts.append(f"restarts {self.restarts}")
+        if self.exit_status is not None:
+            parts.append(f"last {describe_exit(self.exit_status)}")
+        return " ".join(parts).rstrip()
+
+
+class ServerStatus(Record):
+    """The server on this machine."""
+
+    state: SessionState
+    session: str
+    address: str = ""
+    """HOST:PORT that clients reach; empty when there is no server."""
+    dir: str
+    services: list[ServiceStatus] = Field(default_factory=list)
+
+    def to_text(self) -> str:
+        if self.state == "stopped":
+            return "server: not running"
+        lines = [f"server: {self.state}, clients connect to {self.address}"]
+        return "\n".join(lines + [service.to_text() for service in self.services])
+
+
+class ClientStatus(Record):
+    """One client on this machine."""
+
+    client: str
+    """Short name of the client's folder and session."""
+    state: SessionState
+    session: str
+    name: str = ""
+    dataset_uri: str = ""
+    server: str = ""
+    dir: str
+    trainer: str = ""
+    """What the trainer does: loading, ready, working, failed."""
+    detail: str = ""
+    connected: bool = False
+    node_id: str = ""
+    link_error: str = ""
+    bytes_up: int = 0
+    bytes_down: int = 0
+    services: list[ServiceStatus] = Field(default_factory=list)
+
+    def to_text(self) -> str:
+        head = f"client {self.client}: {self.state}"
+        if self.state == "stopped":
+            return f"{head}  ({self.dataset_uri})"
+        link = f"connected to {self.server}" if self.connected else self._disconnected()
+        doing = f"{self.trainer}, {self.detail}" if self.detail else self.trainer
+        lines = [head, f"  data        {self.dataset_uri}", f"  link        {link}"]
+        lines += [f"  trainer is  {doing or 'absent'}"]
+        return "\n".join(lines + [service.to_text() for service in self.services])
+
+    def _disconnected(self) -> str:
+        reason = f": {self.link_error}" if self.link_error else ""
+        return f"not connected to {self.server}{reason}"
+
+
+class ClientList(Record):
+    """All clients on this machine, stopped ones included."""
+
+    clients: list[ClientStatus]
+
+    def to_text(self) -> str:
+        if not self.clients:
+            return "no clients here; zk0bot client start DATASET_URI starts one"
+        width = max(len(status.client) for status in self.clients)
+        return "\n".join(
+            f"{status.client:<{width}}  {status.state:<8}  {status.dataset_uri}"
+            for status in self.clients
+        )
+
+
+class Status(Record):
+    """``zk0bot status``: all that zk0bot does on this machine."""
+
+    server: ServerStatus
+    clients: list[ClientStatus]
+    run: RunRecord | None
+    """The run under way, else the last one."""
+
+    def to_text(self) -> str:
+        parts = [self.server.to_text()]
+        parts += [client.to_text() for client in self.clients] or ["clients: none running"]
+        parts += [f"run: {describe_run(self.run)}" if self.run else "run: none yet"]
+        return "\n".join(parts)
+
+
+def get_server_status(paths: Paths, host: Host) -> ServerStatus:
+    """The server on this machine, running or not."""
+    spec = find_session(paths.server_dir)
+    panes = host.panes(SERVER_SESSION)
+    if spec is None or not panes:
+        return ServerStatus(state="stopped", session=SERVER_SESSION, dir=str(paths.server_dir))
+    services = _services(spec, panes)
+    return ServerStatus(
+        state=_session_state(services),
+        session=spec.name,
+        address=spec.address,
+        dir=str(paths.server_dir),
+        services=services,
+    )
+
+
+def get_client_status(paths: Paths, slug: str, host: Host) -> ClientStatus:
+    """One client of this machine; its folder must exist."""
+    service_dir = paths.client_dir(slug)
+    config = _find(client_config(service_dir), ClientConfig) or ClientConfig()
+    base = ClientStatus(
+        client=slug,
+        state="stopped",
+        session=client_session_name(slug),
+        name=config.name,
+        dataset_uri=config.dataset_uri,
+        server=config.server,
+        dir=str(service_dir),
+    )
+    spec = find_session(service_dir)
+    panes = host.panes(base.session)
+    if spec is None or not panes:
+        return base
+    services = _services(spec, panes)
+    found = {"state": _session_state(services), "services": services}
+    return base.model_copy(update={**found, **_link_values(service_dir), **_trainer(service_dir)})
+
+
+def list_client_slugs(paths: Paths) -> list[str]:
+    """Short names of all clients that were ever started here and have a folder."""
+    if not paths.clients_dir.is_dir():
+        return []
+    return sorted(
+        folder.name for folder in paths.clients_dir.iterdir() if client_config(folder).is_file()
+    )
+
+
+def list_clients(paths: Paths, host: Host) -> ClientList:
+    """All clients, running or not."""
+    return ClientList(
+        clients=[get_client_status(paths, slug, host) for slug in list_client_slugs(paths)]
+    )
+
+
+def find_session(service_dir: Path) -> SessionSpec | None:
+    """How the service in this folder was last started."""
+    return _find(session_path(service_dir), SessionSpec)
+
+
+def find_trainer(private_dir: Path) -> TrainerState | None:
+    """What the trainer in this folder does; None before it has said anything or once it is gone."""
+    state = _find(trainer_state(private_dir), TrainerState)
+    if state is None or (state.state != "failed" and not is_alive(state.pid)):
+        return None
+    return state
+
+
+def find_link(client_dir: Path) -> LinkState | None:
+    """What the egress hop last wrote."""
+    return _find(link_state(client_dir), LinkState)
+
+
+def describe_exit(status: int) -> str:
+    """``exit status 1`` or ``signal 9``."""
+    return f"signal {-status}" if status < 0 else f"exit status {status}"
+
+
+def describe_run(run: RunRecord) -> str:
+    """One line: id, state, round, loss, why."""
+    parts = [f"{run.run_id} {run.state}, round {run.rounds_done} of {run.num_rounds}"]
+    if run.loss is not None:
+        parts.append(f"held-out loss {run.loss:.4f}")
+    if run.success is not None:
+        parts.append(f"success {run.success:.2f}")
+    if run.reason or run.phase:
+        parts.append(run.reason or run.phase)
+    return ", ".join(parts)
+
+
+def format_duration(seconds: float) -> str:
+    """``42s``, ``3m20s``, ``2h05m``, ``3d04h``."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
+
+
+def format_bytes(count: int) -> str:
+    """``812 B``, ``1.3 MB``; powers of ten."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")
+
+
+def _services(spec: SessionSpec, panes: Sequence[Pane]) -> list[ServiceStatus]:
+    record = _find(supervisor_path(spec.dir), SupervisorRecord)
+    memory = record.services if record else {}
+    by_name = {pane.name: pane for pane in panes}
+    return [
+        _service(process.name, by_name.get(process.name), memory.get(process.name))
+        for process in spec.processes
+    ]
+
+
+def _service(name: str, pane: Pane | None, memory: RestartRecord | None) -> ServiceStatus:
+    memory = memory or RestartRecord()
+    if pane is None:
+        return ServiceStatus(name=name, state="absent", restarts=memory.restarts)
+    if pane.is_dead:
+        return ServiceStatus(
+            name=name, state="exited", exit_status=pane.exit_status, restarts=memory.restarts
+        )
+    begun = started_at(pane.pid)
+    return ServiceStatus(
+        name=name,
+        state="running",
+        pid=pane.pid,
+        uptime_s=round(time.time() - begun, 1) if begun else None,
+        exit_status=memory.last_exit_status,
+        restarts=memory.restarts,
+    )
+
+
+def _session_state(services: Sequence[ServiceStatus]) -> SessionState:
+    is_whole = all(service.state == "running" for service in services)
+    return "running" if is_whole else "degraded"
+
+
+def _link_values(service_dir: Path) -> dict[str, object]:
+    link = find_link(service_dir)
+    if link is None:
+        return {}
+    return {
+        "connected": bool(link.node_id) and not link.error,
+        "node_id": link.node_id,
+        "link_error": link.error,
+        "bytes_up": link.bytes_up,
+        "bytes_down": link.bytes_down,
+    }
+
+
+def _trainer(service_dir: Path) -> dict[str, object]:
+    state = find_trainer(service_dir)
+    if state is None:
+        return {}
+    return {"trainer": state.state, "detail": state.error_message or state.detail}
+
+
+def _find[R: Record | ClientConfig](path: Path, kind: type[R]) -> R | None:
+    """The record in ``path``; None when there is none."""
+    try:
+        return read_record(path, kind)
+    except FileNotFoundError:
+        return None
