@@ -1,0 +1,65 @@
+"""Tensors survive the wire exactly; anything else is refused by name."""
+
+import contextlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from zk0bot.errors import UpdateError
+from zk0bot.federation.codec import decode, decode_like, encode, norm, shapes_of
+
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+tensors = st.dictionaries(
+    st.text("abc.0123_", min_size=1, max_size=12),
+    arrays(np.float32, array_shapes(max_dims=3, max_side=4), elements=finite),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(tensors)
+def test_round_trip_is_exact(values: dict[str, np.ndarray]) -> None:
+    decoded = decode_like(encode(values), shapes_of(values))
+    assert decoded.keys() == values.keys()
+    for name, value in values.items():
+        np.testing.assert_array_equal(decoded[name], value)
+
+
+@given(tensors, st.data())
+def test_a_truncated_blob_is_refused(values: dict[str, np.ndarray], data: st.DataObject) -> None:
+    blob = encode(values)
+    cut = data.draw(st.integers(0, len(blob) - 1))
+    with pytest.raises(UpdateError):
+        decode(blob[:cut])
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_refused_or_read_as_nothing(blob: bytes) -> None:
+    with contextlib.suppress(UpdateError):
+        assert isinstance(decode(blob), dict)
+
+
+@pytest.mark.parametrize(
+    ("update", "words"),
+    [
+        ({"a": np.zeros(2, np.float32)}, "'b' is missing"),
+        ({"a": np.zeros(2, np.float32), "b": np.zeros(1, np.float32), "c": np.zeros(1, np.float32)},
+         "'c' is not part"),
+        ({"a": np.zeros(3, np.float32), "b": np.zeros(1, np.float32)}, "shape (3,)"),
+        ({"a": np.array([np.nan, 0], np.float32), "b": np.zeros(1, np.float32)}, "NaN or Inf"),
+        ({"a": np.array([np.inf, 0], np.float32), "b": np.zeros(1, np.float32)}, "NaN or Inf"),
+        ({"a": np.zeros(2, np.float64), "b": np.zeros(1, np.float32)}, "float64"),
+    ],
+)  # fmt: skip
+def test_an_update_that_does_not_fit_names_the_tensor(
+    update: dict[str, np.ndarray], words: str
+) -> None:
+    with pytest.raises(UpdateError, match=words.replace("(", r"\(").replace(")", r"\)")):
+        decode_like(encode(update), {"a": (2,), "b": (1,)})
+
+
+def test_norm_is_over_all_tensors() -> None:
+    assert norm({"a": np.array([3.0], np.float32), "b": np.array([4.0], np.float32)}) == 5.0

@@ -1,0 +1,256 @@
+"""The round loop against nodes that behave, lie, vanish or say nothing."""
+
+import hashlib
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_grid import FakeGrid, Node
+from federation_values import BASE_HASH, describe
+from flwr.app import Error, RecordDict
+
+from zk0bot.config.models import RunConfig
+from zk0bot.config.paths import Paths
+from zk0bot.errors import DeadlineError
+from zk0bot.federation.codec import Tensors, decode, encode
+from zk0bot.federation.cohort import Cohort
+from zk0bot.federation.messages import pack, pack_failure, unpack, unpack_blob
+from zk0bot.federation.output import OutputTree
+from zk0bot.federation.referee import Referee
+from zk0bot.federation.rounds import Federation, RunStopped
+from zk0bot.federation.run_log import RunLog
+from zk0bot.federation.transport import Courier
+from zk0bot.files import read_json, write_json
+from zk0bot.records import RunRecord
+from zk0bot.training.protocol import (
+    AssessResult,
+    DatasetLoss,
+    DescribeRequest,
+    EvaluateResult,
+    NodeDescription,
+    PolicySpec,
+    TrainRequest,
+    TrainResult,
+)
+
+START: Tensors = {"w": np.array([1.0, 2.0], np.float32)}
+Change = Callable[[TrainResult, bytes], RecordDict]
+
+
+class CountingEvaluator:
+    """Losses are the distance of the weights from ten; remembers what it saved."""
+
+    def __init__(self) -> None:
+        self.saved: list[Path] = []
+
+    def assess(self, weights: Tensors, statistics: object, **_: object) -> AssessResult:
+        loss = float(np.abs(weights["w"] - 10).mean())
+        entry = DatasetLoss(dataset_name="held-out", evaldata_id=0, loss=loss, num_examples=4)
+        return AssessResult(datasets=[entry], rollouts=[])
+
+    def save(self, weights: Tensors, statistics: object, output_dir: Path, **_: object) -> None:
+        self.saved.append(output_dir)
+
+
+def node(
+    description: NodeDescription, step: float, *, samples: int = 40, change: Change | None = None
+) -> Node:
+    """A node whose update moves every weight by ``step``."""
+
+    def answer(kind: str, content: RecordDict) -> RecordDict | None:
+        if kind == "query":
+            unpack(content, DescribeRequest)
+            return pack(description)
+        weights = decode(unpack_blob(content))
+        if kind == "evaluate":
+            return pack(
+                EvaluateResult(loss=float(np.abs(weights["w"] - 10).mean()), num_examples=2)
+            )
+        request = unpack(content, TrainRequest)
+        blob = encode({name: np.full_like(value, step) for name, value in weights.items()})
+        result = train_result(request, blob, samples)
+        return change(result, blob) if change else pack(result, blob=blob)
+
+    return answer
+
+
+def train_result(request: TrainRequest, blob: bytes, samples: int) -> TrainResult:
+    return TrainResult(
+        update_path="",
+        num_samples=samples,
+        num_steps=request.local_steps,
+        loss=0.5,
+        policy_loss=0.5,
+        fedprox_loss=0.0,
+        grad_norm=1.0,
+        param_update_norm=1.0,
+        param_hash=hashlib.sha256(blob).hexdigest(),
+        heldout_loss=0.4 if request.evaluate_first else None,
+        heldout_examples=10 if request.evaluate_first else 0,
+        train_s=0.1,
+        micro_batch_size=request.batch_size,
+    )
+
+
+def federation(tmp_path: Path, nodes: dict[int, Node], **settings: object) -> Federation:
+    """A federation over ``nodes`` whose clock runs a second each time it is read."""
+    values = {"num_server_rounds": 2, "strategy": "fedavg", "eval_datasets": ("sim:x",)}
+    config = RunConfig.model_validate({**values, "round_deadline_s": 20, **settings})
+    paths = Paths(tmp_path)
+    record = RunRecord(run_id="r1", num_rounds=config.num_server_rounds)
+    write_json(paths.run_record("r1"), record)
+    log, output = RunLog(paths, "r1"), OutputTree(tmp_path / "out")
+    seconds = itertools.count()
+    spec = PolicySpec(policy=config.policy, seed=0)
+    referee = Referee(config=config, evaluator=CountingEvaluator(), output=output, log=log)
+    return Federation(
+        config=config,
+        courier=Courier(FakeGrid(nodes)),
+        cohort=Cohort(config=config, spec=spec, base_hash=BASE_HASH),
+        referee=referee,
+        log=log,
+        output=output,
+        scratch=tmp_path / "scratch",
+        weights={name: value.copy() for name, value in START.items()},
+        clock=lambda: float(next(seconds)),
+        sleep=lambda _: None,
+    )
+
+
+def test_two_rounds_fold_the_weighted_mean(tmp_path: Path) -> None:
+    run = federation(
+        tmp_path,
+        {1: node(describe("red"), 1.0, samples=30), 2: node(describe("green"), 3.0, samples=10)},
+    )
+    run.run()
+    np.testing.assert_allclose(run.weights["w"], START["w"] + 2 * 1.5)
+    assert [outcome.accepted for outcome in run.outcomes] == [2, 2]
+    metrics = read_json(tmp_path / "out/server/federated_metrics.json")
+    assert [entry["num_clients"] for entry in metrics] == [2, 2]
+    losses = read_json(tmp_path / "out/server/policy_loss_history.json")
+    assert losses == {"0": {"server_policy_loss": 8.5}, "2": {"server_policy_loss": 5.5}}
+    assert read_json(tmp_path / "out/clients/red/round_1.json")["num_samples"] == 30
+    assert [path.name for path in run.referee.evaluator.saved] == ["checkpoint_round_2"]
+    assert (tmp_path / "out/server/federated_metrics.png").exists()
+
+
+def test_without_server_sets_the_clients_measure_every_evaluated_round(tmp_path: Path) -> None:
+    run = federation(tmp_path, {1: node(describe("red"), 1.0), 2: node(describe("green"), 3.0)},
+                     eval_datasets=(), eval_frequency=1)  # fmt: skip
+    run.run()
+    assert run.output.losses == {0: 0.4, 1: 0.4, 2: 4.5}
+
+
+def test_a_slower_node_is_late_and_the_round_goes_on(tmp_path: Path) -> None:
+    silent = describe("blue")
+
+    def mute(kind: str, content: RecordDict) -> RecordDict | None:
+        return pack(silent) if kind == "query" else None
+
+    nodes = {1: node(describe("red"), 1.0), 2: node(describe("green"), 1.0), 3: mute}
+    run = federation(tmp_path, nodes)
+    run.run()
+    assert [(o.accepted, o.asked) for o in run.outcomes] == [(2, 3), (2, 2)]
+    assert run.outcomes[0].failures == ["blue: no answer within 20 s"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda result, blob: pack(result, blob=blob[:-1]), "do not match the hash"),
+        (lambda result, blob: pack(_changed(result, num_steps=1), blob=blob), "1 local"),
+        (lambda result, blob: pack(_changed(result, num_samples=10**9), blob=blob), "samples in"),
+        (lambda result, blob: pack(_changed(result, num_samples=0), blob=blob), "0 samples"),
+        (lambda result, blob: _resigned(result, {"w": np.array([np.nan, 1], np.float32)}), "NaN"),
+        (lambda result, blob: _resigned(result, {"w": np.zeros(3, np.float32)}), "shape"),
+        (lambda result, blob: pack(result), "without tensors"),
+        (lambda result, blob: pack_failure("out_of_memory", "no memory"), "no memory"),
+        (lambda result, blob: RecordDict(), "without a body"),
+        (lambda result, blob: Error(2, "boom /home/me"), "ClientApp raised"),
+    ],
+)  # fmt: skip
+def test_a_bad_update_never_reaches_the_model(tmp_path: Path, change: Change, words: str) -> None:
+    nodes = {
+        1: node(describe("red"), 1.0),
+        2: node(describe("green"), 1.0),
+        3: node(describe("blue"), 9.0, change=change),
+    }
+    run = federation(tmp_path, nodes, num_server_rounds=1)
+    run.run()
+    np.testing.assert_allclose(run.weights["w"], START["w"] + 1)
+    (line,) = run.outcomes[0].failures
+    assert line.startswith("blue: ") and words in line and "/home/me" not in line
+    assert read_json(tmp_path / "server/runs/r1/run.json")["clients"][2]["phase"] == "failed"
+
+
+def _changed(result: TrainResult, **changes: object) -> TrainResult:
+    return result.model_copy(update=changes)
+
+
+def _resigned(result: TrainResult, update: Tensors) -> RecordDict:
+    blob = encode(update)
+    signed = result.model_copy(update={"param_hash": hashlib.sha256(blob).hexdigest()})
+    return pack(signed, blob=blob)
+
+
+def test_a_round_below_quorum_fails_with_the_reasons(tmp_path: Path) -> None:
+    def broken(result: TrainResult, blob: bytes) -> RecordDict:
+        return pack_failure("not_finite", "diverged")
+
+    nodes = {1: node(describe("red"), 1.0), 2: node(describe("green"), 1.0, change=broken)}
+    with pytest.raises(DeadlineError, match=r"1 of 2 updates accepted.*green: diverged"):
+        federation(tmp_path, nodes).run()
+
+
+@pytest.mark.parametrize(
+    ("description", "words"),
+    [
+        (describe("green", base_hash="c" * 64), "another base model"),
+        (describe("green", version="0.0.1"), "runs zk0bot 0.0.1"),
+        (describe("green", with_statistics=False), "sent no statistics"),
+        (describe("green", frames=0), "no training frames"),
+    ],
+)
+def test_a_node_that_does_not_fit_is_refused_by_name(
+    tmp_path: Path, description: NodeDescription, words: str
+) -> None:
+    nodes = {1: node(describe("red"), 1.0), 2: node(description, 1.0)}
+    with pytest.raises(DeadlineError, match=f"1 of 2 clients.*green: .*{words}"):
+        federation(tmp_path, nodes, wait_deadline_s=5).run()
+
+
+def test_local_statistics_stay_at_home(tmp_path: Path) -> None:
+    nodes = {1: node(describe("red"), 1.0), 2: node(describe("green", with_statistics=False), 1.0)}
+    settings = {"statistics": "local", "eval_datasets": (), "wait_deadline_s": 5}
+    with pytest.raises(DeadlineError, match=r"red: sent statistics, which this run leaves"):
+        federation(tmp_path, nodes, **settings).run()
+
+
+def test_a_stop_request_ends_the_wait(tmp_path: Path) -> None:
+    run = federation(tmp_path, {1: node(describe("red"), 1.0)})
+    Paths(tmp_path).stop_request("r1").touch()
+    with pytest.raises(RunStopped):
+        run.run()
+
+
+def test_fraction_fit_asks_a_share_and_never_fewer_than_the_minimum(tmp_path: Path) -> None:
+    nodes = {n: node(describe(f"c{n}"), 1.0) for n in range(1, 9)}
+    run = federation(tmp_path, nodes, fraction_fit=0.5, num_server_rounds=1)
+    run.run()
+    assert run.outcomes[0].asked == 4
+    few = federation(tmp_path, nodes, fraction_fit=0.1, min_fit_clients=3, num_server_rounds=1)
+    few.run()
+    assert few.outcomes[0].asked == 3
+
+
+def test_the_same_replies_give_the_same_weights_to_the_bit(tmp_path: Path) -> None:
+    def weights(order: list[int]) -> Tensors:
+        nodes = {n: node(describe(f"c{n}"), 0.1 * n, samples=n) for n in order}
+        run = federation(tmp_path / "".join(map(str, order)), nodes, min_fit_clients=4)
+        run.run()
+        return run.weights
+
+    first, second = weights([1, 2, 3, 4]), weights([4, 2, 1, 3])
+    np.testing.assert_array_equal(first["w"], second["w"])
