@@ -64,7 +64,8 @@ def uv_environment(tmp_path: Path) -> dict[str, str]:
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "uv").symlink_to(found or venv_bin / "uv")
-    environment = {
+    way_out = ("SSL_CERT_FILE", "SSL_CERT_DIR", "HTTPS_PROXY", "https_proxy", "UV_DEFAULT_INDEX")
+    environment = {name: os.environ[name] for name in way_out if name in os.environ} | {
         "PATH": f"{tools}:{Path(sys.executable).resolve().parent}:/usr/bin:/bin",
         "UV_CACHE_DIR": str(_CALLERS_UV_CACHE),
         "UV_COMPILE_BYTECODE": "0",

@@ -10,9 +10,10 @@
 set -euo pipefail
 
 VERSION="@version@"
-WHEEL="@wheel@"
-SHA256="@sha256@"
-EXCLUDE_NEWER="@exclude-newer@"
+WHEEL="zk0bot-$VERSION-py3-none-any.whl"
+WHEEL_SHA256="@wheel-sha256@"
+PINS="requirements-$VERSION.txt"
+PINS_SHA256="@pins-sha256@"
 RELEASE_URL="${ZK0BOT_RELEASE_URL:-@release-url@}"
 
 #@bootstrap@
@@ -55,7 +56,7 @@ main() {
 }
 
 install() {
-  case "$SHA256" in @*) fail "this is the source of the installer" "scripts/build_release.sh URL" ;; esac
+  case "$VERSION" in @*) fail "this is the source of the installer" "scripts/build_release.sh URL" ;; esac
   refuse_downgrade "$1"
   use_private_places
   if is_installed; then
@@ -85,36 +86,44 @@ refuse_downgrade() {
     fail "zk0bot $present is installed, which is newer than $VERSION" "--force installs $VERSION"
 }
 
-# The last thing that installing writes is the checksum of what was installed.
+# The last thing that installing writes is the checksums of what was installed.
 is_installed() {
-  [ -x "$ENV_DIR/bin/zk0bot" ] && [ "$(cat "$ENV_DIR/.zk0bot-wheel" 2>/dev/null)" = "$SHA256" ]
+  [ -x "$ENV_DIR/bin/zk0bot" ] && [ "$(cat "$ENV_DIR/.zk0bot-release" 2>/dev/null)" = "$WHEEL_SHA256 $PINS_SHA256" ]
 }
 
 install_app() {
   DOWNLOAD_DIR="$(mktemp -d)"
   trap 'rm -rf "$DOWNLOAD_DIR"' EXIT
-  download_wheel "$DOWNLOAD_DIR/$WHEEL"
+  download "$WHEEL" "$WHEEL_SHA256"
+  download "$PINS" "$PINS_SHA256"
   find_uv
   say "installing zk0bot $VERSION into $ENV_DIR; the first time this fetches about 3 GB"
   rm -rf "$ENV_DIR"
   "$UV" --quiet venv --python 3.12 "$ENV_DIR" >&2 ||
     fail "no Python 3.12: not on this machine, and uv says above why it could not fetch one"
-  UV_COMPILE_BYTECODE="${UV_COMPILE_BYTECODE:-1}" "$UV" pip install \
-    --python "$ENV_DIR/bin/python" --exclude-newer "$EXCLUDE_NEWER" "$DOWNLOAD_DIR/$WHEEL" >&2 ||
-    fail "the packages could not be installed; uv says above what it could not reach" \
-      "run this again when it can be reached: what has arrived is kept in $UV_CACHE_DIR"
+  export UV_COMPILE_BYTECODE="${UV_COMPILE_BYTECODE:-1}"
+  pip_install --require-hashes --requirement "$DOWNLOAD_DIR/$PINS"
+  pip_install "$DOWNLOAD_DIR/$WHEEL"
   "$ENV_DIR/bin/zk0bot" version >/dev/null || fail "the installed zk0bot does not start"
-  printf '%s\n' "$SHA256" >"$ENV_DIR/.zk0bot-wheel"
+  printf '%s\n' "$WHEEL_SHA256 $PINS_SHA256" >"$ENV_DIR/.zk0bot-release"
 }
 
-download_wheel() {
+# The pins name every package with its checksums, so nothing is resolved here.
+pip_install() {
+  "$UV" pip install --python "$ENV_DIR/bin/python" --no-deps "$@" >&2 ||
+    fail "the packages could not be installed; uv says above what it could not reach" \
+      "run this again when it can be reached: what has arrived is kept in $UV_CACHE_DIR"
+}
+
+# download NAME SHA256: into DOWNLOAD_DIR.
+download() {
   local found
-  say "fetching $RELEASE_URL/$WHEEL"
-  curl -fsSL --retry 3 -o "$1" "$RELEASE_URL/$WHEEL" ||
-    fail "could not fetch $RELEASE_URL/$WHEEL" "is that address reachable from here?"
-  found="$(sha256_of "$1")"
-  [ "$found" = "$SHA256" ] ||
-    fail "$WHEEL is not the file this installer was made for: SHA-256 $found, not $SHA256" \
+  say "fetching $RELEASE_URL/$1"
+  curl -fsSL --retry 3 -o "$DOWNLOAD_DIR/$1" "$RELEASE_URL/$1" ||
+    fail "could not fetch $RELEASE_URL/$1" "is that address reachable from here?"
+  found="$(sha256_of "$DOWNLOAD_DIR/$1")"
+  [ "$found" = "$2" ] ||
+    fail "$1 is not the file this installer was made for: SHA-256 $found, not $2" \
       "nothing was installed; fetch the installer again, and tell whoever gave you the address"
 }
 

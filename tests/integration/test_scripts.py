@@ -91,6 +91,8 @@ def _build(
             shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, copy / name)
+    if (root / "uv.lock").exists():
+        shutil.copy(root / "uv.lock", copy)
     pins = copy / "pyproject.toml"
     pins.write_text(pins.read_text().replace(f'\nversion = "{OLD}"', f'\nversion = "{version}"'))
     result = subprocess.run(
@@ -148,12 +150,13 @@ def test_installer_installs_repeats_upgrades_and_removes(
     assert operator.files() == {".bashrc"}
 
 
-def test_installer_refuses_a_wheel_that_was_changed(
-    root: Path, tmp_path: Path, release_dir: Path, url: str, operator: Operator
+@pytest.mark.parametrize("pattern", ["*.whl", "requirements-*.txt"])
+def test_installer_refuses_a_file_that_was_changed(
+    pattern: str, root: Path, tmp_path: Path, release_dir: Path, url: str, operator: Operator
 ) -> None:
     script = _build(root, tmp_path, release_dir, url, OLD, operator.env)
-    with next(release_dir.glob("*.whl")).open("ab") as wheel:
-        wheel.write(b"\0")
+    with next(release_dir.glob(pattern)).open("ab") as file:
+        file.write(b"\n")
 
     result = operator.pipe(script)
 
