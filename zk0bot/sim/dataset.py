@@ -1,14 +1,18 @@
 """Simulated episodes as a LeRobotDataset v3 with video, made on first use.
 
-``python -m zk0bot.sim.dataset URI ROOT`` makes one and writes a line of JSON per episode,
-``{"done": 3, "total": 80}``, so that another process can show how far it is.
+``python -m zk0bot.sim.dataset URI FOLDER`` makes one there and writes a line of JSON per episode,
+``{"done": 3, "total": 80}``, so that another process can show how far it is. With ``--cached`` the
+folder is a cache: nothing is made twice, and the last line is ``{"path": ...}``. A failure that a
+person can mend is a last line ``{"error": {...}}``.
 """
 
+import argparse
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +29,7 @@ from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from numpy.typing import NDArray
 
+from zk0bot.errors import DataError, Zk0Error
 from zk0bot.sim.arm import FPS, MOTORS
 from zk0bot.sim.env import So101TouchEnv
 from zk0bot.sim.expert import EPISODE_STEPS, plan
@@ -71,20 +76,22 @@ def make_dataset(
     with 0 and after each episode.
     """
     if root.exists():
-        raise FileExistsError(root)
+        raise DataError(f"{root} exists already", hint="choose another folder or remove it")
     root.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
     _quieten_libraries()
     try:
         dataset = _create(workplace / "dataset", f"sim/{task.name}", cameras, image_size)
-        progress(0, episodes)
-        found = expert_episodes(
-            task, sector=sector, seed=seed, cameras=cameras, image_size=image_size
-        )
-        for done, episode in zip(range(1, episodes + 1), found, strict=False):
-            _add(dataset, episode, task.instruction)
-            progress(done, episodes)
-        dataset.finalize()
+        try:
+            progress(0, episodes)
+            found = expert_episodes(
+                task, sector=sector, seed=seed, cameras=cameras, image_size=image_size
+            )
+            for done in range(1, episodes + 1):
+                _add(dataset, next(found), task.instruction)
+                progress(done, episodes)
+        finally:
+            dataset.finalize()  # else its destructor does, and writes again what is cleared below
         (workplace / "dataset").rename(root)
     finally:
         shutil.rmtree(workplace)
@@ -136,14 +143,7 @@ def ensure_sim_dataset(
     with _locked(shelf):
         if not root.exists():
             _remove_others(shelf)
-            make_dataset(
-                root,
-                spec.task,
-                sector=spec.sector,
-                episodes=spec.episodes,
-                seed=spec.seed,
-                progress=progress,
-            )
+            _make_from(spec, root, progress)
     return root
 
 
@@ -222,24 +222,44 @@ def _add(dataset: LeRobotDataset, episode: Episode, instruction: str) -> None:
     dataset.save_episode()
 
 
-def main(arguments: Sequence[str]) -> None:
-    """``URI ROOT``: make the dataset, a line of JSON on stdout per episode."""
-    uri, root = arguments
-    spec = parse_sim_uri(uri)
+def main(arguments: Sequence[str]) -> int:
+    """The command of this module's docstring; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m zk0bot.sim.dataset", description=__doc__)
+    parser.add_argument("uri")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--cached", action="store_true", help="the folder is a cache of datasets")
+    asked = parser.parse_args(arguments)
+    try:
+        if asked.cached:
+            _write_line({"path": str(ensure_sim_dataset(asked.uri, asked.folder, _tell))})
+        else:
+            _make_from(parse_sim_uri(asked.uri), asked.folder, _tell)
+    except Zk0Error as error:
+        _write_line({"error": error.to_dict()})
+        return error.exit_code
+    return 0
+
+
+def _make_from(spec: SimSpec, root: Path, progress: Progress) -> None:
     make_dataset(
-        Path(root),
+        root,
         spec.task,
         sector=spec.sector,
         episodes=spec.episodes,
         seed=spec.seed,
-        progress=_write_progress,
+        progress=progress,
     )
 
 
-def _write_progress(done: int, total: int) -> None:
-    sys.stdout.write(json.dumps({"done": done, "total": total}) + "\n")
+def _tell(done: int, total: int) -> None:
+    _write_line({"done": done, "total": total})
+
+
+def _write_line(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
     sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clears up
+    sys.exit(main(sys.argv[1:]))

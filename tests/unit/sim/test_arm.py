@@ -30,7 +30,7 @@ def test_the_tool_at_home_hangs_over_the_table_ahead_of_the_base(arm: Arm) -> No
 
 
 def test_a_positive_pan_turns_to_the_right_as_on_the_real_arm(arm: Arm) -> None:
-    arm.reset(HOME + [30, 0, 0, 0, 0, 0], (0.25, 0.0), 0.0)
+    arm.reset(HOME + np.array([30, 0, 0, 0, 0, 0]), (0.25, 0.0), 0.0)
     assert arm.tool()[1] < -0.05
 
 
@@ -50,7 +50,7 @@ def test_the_gripper_counts_from_closed_to_open(arm: Arm) -> None:
 
 
 def test_the_arm_arrives_near_its_targets(arm: Arm) -> None:
-    target = HOME + [20, 30, -20, 10, 5, 30]
+    target = HOME + np.array([20, 30, -20, 10, 5, 30])
     for _ in range(10):
         arm.step(target)
     np.testing.assert_allclose(arm.joints(), target, atol=1.5)
@@ -58,7 +58,7 @@ def test_the_arm_arrives_near_its_targets(arm: Arm) -> None:
 
 def test_targets_beyond_the_limits_are_cut(arm: Arm) -> None:
     for _ in range(12):
-        arm.step(HOME + [400, 0, 0, 0, 0, 0])
+        arm.step(HOME + np.array([400, 0, 0, 0, 0, 0]))
     assert arm.joints()[0] == pytest.approx(110, abs=1)
 
 

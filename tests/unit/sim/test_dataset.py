@@ -4,14 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+from zk0bot.errors import DataError
 from zk0bot.sim.arm import MOTORS
-from zk0bot.sim.dataset import ensure_sim_dataset, expert_episodes, make_dataset
+from zk0bot.sim.dataset import ensure_sim_dataset, expert_episodes, main, make_dataset
 from zk0bot.sim.tasks import TASKS
 
 pytestmark = pytest.mark.slow
@@ -74,7 +76,7 @@ def test_only_the_dataset_is_left(made) -> None:
 
 
 def test_an_existing_folder_is_not_overwritten(made) -> None:
-    with pytest.raises(FileExistsError):
+    with pytest.raises(DataError, match="exists already"):
         make_dataset(made[0], GREEN, sector=GREEN.wide, episodes=1, seed=0)
 
 
@@ -95,6 +97,24 @@ def test_a_dataset_is_made_once_for_its_uri(tmp_path: Path) -> None:
     assert told == [0, 1]
 
 
+def test_the_command_tells_each_episode_and_then_the_place(tmp_path: Path, capsys) -> None:
+    uri = "sim:touch-red?episodes=2"
+    assert main(["--cached", uri, str(tmp_path)]) == 0
+    assert main(["--cached", uri, str(tmp_path)]) == 0
+    *lines, path, again = map(json.loads, capsys.readouterr().out.splitlines())
+    assert lines == [{"done": k, "total": 2} for k in range(3)]
+    assert path == again == {"path": str(ensure_sim_dataset(uri, tmp_path))}
+
+
+def test_the_command_says_what_is_wrong_with_a_uri(tmp_path: Path, capsys) -> None:
+    assert main(["sim:touch-rad", str(tmp_path / "new")]) == 2
+    assert json.loads(capsys.readouterr().out)["error"] == {
+        "code": "unknown_name",
+        "message": "unknown simulated task 'touch-rad'",
+        "hint": "did you mean 'touch-red'?",
+    }
+
+
 def test_a_second_process_waits_and_what_a_killed_one_left_goes(tmp_path: Path) -> None:
     uri = "sim:touch-red?episodes=1"
     shelf = tmp_path / "touch-red-wide-left-1-0"
@@ -102,24 +122,21 @@ def test_a_second_process_waits_and_what_a_killed_one_left_goes(tmp_path: Path) 
     left.mkdir(parents=True)
     descriptor = os.open(shelf, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    code = (
-        "import sys; from pathlib import Path; from zk0bot.sim.dataset import ensure_sim_dataset\n"
-        "sys.stdout.write('up\\n'); sys.stdout.flush()\n"
-        f"sys.stdout.write(str(ensure_sim_dataset({uri!r}, Path({str(tmp_path)!r}))))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "up\n"
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=1)
-    assert left.exists()
+    made: list[Path] = []
+    second = threading.Thread(target=lambda: made.append(ensure_sim_dataset(uri, tmp_path)))
+    second.start()
+    second.join(timeout=0.5)
+    assert second.is_alive() and left.exists()
     os.close(descriptor)
-    root = Path(process.communicate(timeout=120)[0])
-    assert [path.name for path in shelf.iterdir()] == [root.name]
+    second.join(timeout=60)
+    assert [path.name for path in shelf.iterdir()] == [made[0].name]
 
 
-def test_a_killed_maker_leaves_nothing_that_looks_like_a_dataset(tmp_path: Path) -> None:
-    root = tmp_path / "killed"
+@pytest.mark.parametrize(("number", "left"), [(signal.SIGKILL, 1), (signal.SIGTERM, 0)])
+def test_a_stopped_maker_leaves_nothing_that_looks_like_a_dataset(
+    tmp_path: Path, number: int, left: int
+) -> None:
+    root = tmp_path / "stopped"
     process = subprocess.Popen(
         [sys.executable, "-m", "zk0bot.sim.dataset", "sim:touch-red?episodes=40", str(root)],
         stdout=subprocess.PIPE,
@@ -127,8 +144,8 @@ def test_a_killed_maker_leaves_nothing_that_looks_like_a_dataset(tmp_path: Path)
     )
     assert process.stdout is not None
     lines = [json.loads(process.stdout.readline()) for _ in range(3)]
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(number)
     process.communicate()
     assert lines == [{"done": k, "total": 40} for k in range(3)]
     assert not root.exists()
-    assert all(path.name.startswith(".killed.") for path in tmp_path.iterdir())
+    assert [path.name.startswith(".stopped.") for path in tmp_path.iterdir()] == [True] * left

@@ -46,6 +46,8 @@ def test_gymnasium_makes_every_task_by_name() -> None:
         assert env.get_wrapper_attr("_max_episode_steps") == 40
 
 
+# Actions are degrees on purpose: LeRobot's statistics normalise them.
+@pytest.mark.filterwarnings("ignore:.*we recommend using a symmetric")
 def test_gymnasiums_own_checks_pass() -> None:
     check_env(So101TouchEnv(), skip_render_check=True)
 
