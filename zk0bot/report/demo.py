@@ -3,6 +3,7 @@
 Everything said here is derived from counts; no sentence and no verdict is fixed beforehand.
 """
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -74,9 +75,18 @@ class DemoResult(Record):
     """Of each round, the seconds in which the slowest client trained."""
     verdict: RunState
     reasons: list[str]
+    output_dir: str = ""
+    """Folder of ``demo.json`` as it was written."""
     files: dict[str, str] = Field(default_factory=dict)
     """Report, chart and checkpoint, relative to the folder of ``demo.json``."""
     films: list[Film] = Field(default_factory=list)
+
+    def to_text(self) -> str:
+        """The table, what it allows to say, and where to look; at most 80 columns but for paths."""
+        paths = [f"  {name:<11}{self.output_dir}/{path}" for name, path in self.files.items()]
+        sentences = [_wrap(sentence) for sentence in build_summary(self)]
+        table = [build_table(self)] if self.results else []
+        return "\n\n".join([*table, "\n".join(sentences), "\n".join(paths)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +199,20 @@ def build_summary(result: DemoResult) -> list[str]:
         f"Clients sent {megabytes[0]} of tensors and received {megabytes[1]}; "
         "no picture and no episode left its owner.",
         f"Seed {result.seed}, {result.rounds} rounds of {result.local_steps} steps, "
-        f"{result.elapsed_s:.0f} s in all.",
+        f"{result.elapsed_s:.0f} s in all{_round_times(result)}.",
     ]
+
+
+def _round_times(result: DemoResult) -> str:
+    if not result.round_s:
+        return ""
+    whole, training = sum(result.round_s), sum(result.train_s)
+    rounds = len(result.round_s)
+    return f"; a round took {whole / rounds:.1f} s, {training / rounds:.1f} s of it training"
+
+
+def _wrap(sentence: str) -> str:
+    return "\n".join(textwrap.wrap(sentence, 78, subsequent_indent="  "))
 
 
 def _row(name: str, cells: list[str], overall: str, loss: str) -> str:
