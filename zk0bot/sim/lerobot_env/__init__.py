@@ -1,4 +1,4 @@
-"""The simulated SO-101 as a LeRobot environment type.
+"""The simulated SO-101 as a LeRobot environment type; a package, as LeRobot's discovery demands.
 
     lerobot-eval --env.discover_packages_path=zk0bot.sim.lerobot_env --env.type=so101 \
         --env.task=touch-red --policy.path=FOLDER --eval.n_episodes=10 --eval.batch_size=1
