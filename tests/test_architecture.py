@@ -1,6 +1,7 @@
 """Contracts of the whole code base: who may import whom, what is loaded, what is documented."""
 
 import ast
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -97,6 +98,13 @@ def test_imports_stand_at_the_top(path: Path) -> None:
         if isinstance(node, ast.Import | ast.ImportFrom)
     ]
     assert not inner
+
+
+def test_tests_reach_no_other_machine_and_no_real_home(home: Path) -> None:
+    with pytest.raises(RuntimeError, match="only loopback"):
+        socket.create_connection(("192.0.2.1", 9))
+    assert Path.home() == home
+    assert home.parent == Path("/tmp")
 
 
 def _public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

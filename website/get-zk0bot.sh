@@ -227,7 +227,7 @@ uninstall() {
 purge() {
   local name
   remove_program
-  for name in cache clients demo flwr logs python server state tools hf_token; do
+  for name in cache clients demo helpers hf_token python server tools; do
     rm -rf "${ZK0BOT_ROOT:?}/$name"
   done
   if rmdir "$ZK0BOT_ROOT" 2>/dev/null; then say "removed $ZK0BOT_ROOT, keys included"; fi
