@@ -5,6 +5,7 @@ from itertools import count
 
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
 
 Node = Callable[[str, RecordDict], "RecordDict | Error | None"]
 
@@ -13,6 +14,7 @@ class FakeGrid(Grid):
     """Delivers at once; ``absent`` nodes are offline."""
 
     def __init__(self, nodes: dict[int, Node]) -> None:
+        TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
         self.nodes = nodes
         self.absent: set[int] = set()
         self.sent: list[tuple[int, str]] = []
