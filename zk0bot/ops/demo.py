@@ -23,6 +23,7 @@ from zk0bot.files import read_json, read_record, write_json
 from zk0bot.ops import record, runs, services
 from zk0bot.ops.child import Child
 from zk0bot.ops.demo_plan import (
+    OWNERS,
     DemoOptions,
     Owner,
     baseline_plan,
@@ -420,12 +421,14 @@ def _films(folder: Path, scores: Mapping[str, PolicyScore]) -> list[Film]:
 
 
 def _caption(name: str, video: Path) -> str:
-    """From the JSON beside the video, where there is one."""
+    """Who is seen where, and how it went: the folder says the part, the JSON beside it the end."""
+    number = video.parent.name.removeprefix("client_")
+    where = f", {OWNERS[int(number)].home} third" if number.isdigit() else ""
     path = video.with_suffix(".json")
     if not path.is_file():
-        return build_label(name)
+        return f"{build_label(name)}{where}"
     how = "touched the cube" if read_json(path).get("success") else "did not touch the cube"
-    return f"{build_label(name)}: {how}"
+    return f"{build_label(name)}{where}: {how}"
 
 
 def _comparison_bars(children: Sequence[Child]) -> list[Bar]:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Protocol
 
 from zk0bot.files import read_record, write_json
 from zk0bot.report.comparison import (
@@ -32,8 +33,10 @@ from zk0bot.training.protocol import (
     InitRequest,
     InitResult,
     LearningRate,
+    Message,
     NodeDescription,
     PolicySpec,
+    Request,
     RolloutRequest,
     TrainAloneRequest,
     TrainAloneResult,
@@ -46,9 +49,17 @@ OnProgress = Callable[[ComparisonProgress], None]
 Scores = dict[str, PolicyScore]
 
 
-def compare(plan: ComparisonPlan, on_progress: OnProgress) -> ComparisonResult:
+class Ask(Protocol):
+    """``zk0bot.training.client.ask``, or what a test puts in its place."""
+
+    def __call__[A: Message](
+        self, owner_dir: Path, request: Request, answer_type: type[A], /, *, deadline_s: float
+    ) -> A: ...
+
+
+def compare(plan: ComparisonPlan, on_progress: OnProgress, *, ask: Ask = ask) -> ComparisonResult:
     """Try all policies of ``plan``; raises what the first failing trainer answered."""
-    desk = _Desk(plan=plan, on_progress=on_progress)
+    desk = _Desk(plan=plan, on_progress=on_progress, ask=ask)
     statistics = desk.pooled_statistics() if plan.owners else None
     lanes: list[Callable[[], Scores]] = [lambda: desk.try_at_server(statistics)]
     if plan.with_alone:
@@ -68,6 +79,7 @@ class _Desk:
 
     plan: ComparisonPlan
     on_progress: OnProgress
+    ask: Ask
 
     @property
     def spec(self) -> PolicySpec:
@@ -77,7 +89,7 @@ class _Desk:
         """Those of the run: exact moments of all owners' training episodes together."""
         request = DescribeRequest(spec=self.spec, statistics="pooled")
         answers = [
-            ask(Path(folder), request, NodeDescription, deadline_s=DEADLINE_S)
+            self.ask(Path(folder), request, NodeDescription, deadline_s=DEADLINE_S)
             for folder in self.plan.owners.values()
         ]
         return pool_statistics([a.statistics for a in answers if a.statistics is not None])
@@ -97,7 +109,7 @@ class _Desk:
             )
         if self.plan.with_untrained:
             assert statistics is not None, "an initial policy is tried with pooled statistics"
-            initial = ask(
+            initial = self.ask(
                 self._server, InitRequest(spec=self.spec), InitResult, deadline_s=DEADLINE_S
             )
             scores["untrained"] = self._assess(
@@ -110,7 +122,7 @@ class _Desk:
         self._tell(name, "training alone")
         begun = time.time()
         request = self._alone_request()
-        result = ask(folder, request, TrainAloneResult, deadline_s=DEADLINE_S)
+        result = self.ask(folder, request, TrainAloneResult, deadline_s=DEADLINE_S)
         trained = time.time()
         score = self._assess(name, folder, result.weights_path, result.statistics)
         return {name: score.model_copy(update={"alone_s": (begun, trained)})}
@@ -164,7 +176,7 @@ class _Desk:
     ) -> PolicyScore:
         self._tell(name, "trying")
         begun = time.time()
-        result = ask(folder, request, AssessResult, deadline_s=DEADLINE_S)
+        result = self.ask(folder, request, AssessResult, deadline_s=DEADLINE_S)
         self._tell(name, "done")
         return PolicyScore(
             per_sector={

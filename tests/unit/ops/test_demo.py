@@ -96,7 +96,7 @@ def test_the_result_is_drawn_from_the_run_and_its_output_tree(tmp_path: Path) ->
     losses = {"0": {"server_policy_loss": 2.0}, "20": {"server_policy_loss": 0.1}}
     write_json(tmp_path / "server" / "policy_loss_history.json", losses)
     (tmp_path / "models" / "checkpoint_round_20").mkdir(parents=True)
-    video = tmp_path / "evaluate" / "demo" / "federated" / "rollout_1.mp4"
+    video = tmp_path / "evaluate" / "demo" / "federated" / "client_0" / "rollout_1.mp4"
     write_json(video.with_suffix(".json"), {"success": True})
     federated = build_score(38, 38, 38).model_copy(update={"videos": [str(video)]})
 
@@ -112,8 +112,8 @@ def test_the_result_is_drawn_from_the_run_and_its_output_tree(tmp_path: Path) ->
     assert result.loss_curve == {0: 2.0, 20: 0.1}
     assert (result.round_s, result.train_s) == ([4.0], [0.75])
     assert result.files["checkpoint"] == "models/checkpoint_round_20"
-    assert result.films[0].path == "evaluate/demo/federated/rollout_1.mp4"
-    assert result.films[0].caption == "federated: touched the cube"
+    assert result.films[0].path == "evaluate/demo/federated/client_0/rollout_1.mp4"
+    assert result.films[0].caption == "federated, left third: touched the cube"
 
 
 def test_a_failed_run_gives_a_failed_demonstration_with_its_reason(tmp_path: Path) -> None:
