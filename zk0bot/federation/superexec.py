@@ -27,7 +27,7 @@ PRELOADED = client_app.app
 """Imported here so that every fork has it."""
 
 
-class ForkingExecutor(SubprocessExecutor):  # type: ignore[misc]  # flwr ships no types for it
+class ForkingExecutor(SubprocessExecutor):
     """Forks for ClientApps; anything else starts as Flower starts it."""
 
     def __init__(self) -> None:
@@ -79,7 +79,9 @@ def _become_clientapp(spec: ExecutionSpec) -> NoReturn:
 
 def main() -> None:
     """Run the SuperExec until SIGTERM."""
-    superexec_loop.get_executor = lambda *args, **kwargs: ForkingExecutor()
+    superexec_loop.get_executor = (  # type: ignore[attr-defined]  # the only way in, flwr 1.41.0
+        lambda *args, **kwargs: ForkingExecutor()
+    )
     gc.freeze()
     flower_superexec()
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import zk0bot
 from zk0bot.config.models import ClientConfig, ServerConfig
 from zk0bot.config.paths import Paths
 from zk0bot.records import Record
@@ -191,9 +190,12 @@ def client_session(
     )
 
 
-def clientapp_bin_dir() -> Path:
-    """Folder with our slim ``flwr-clientapp``, found before Flower's own."""
-    return Path(zk0bot.__file__).parent / "federation" / "bin"
+def helper_process(
+    paths: Paths, machine: Surroundings, name: str, module: str, *arguments: str
+) -> ProcessSpec:
+    """A short-lived process of ours outside tmux, below the folder ``helpers``."""
+    build = _Builder(paths=paths, dir=paths.root / "helpers", machine=machine)
+    return build.ours(name, module, *arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,12 +217,12 @@ class _Builder:
         return spec.model_copy(update={"secrets_path": secrets_path(self.dir)})
 
     def clientapp(self, runtime_api: str) -> ProcessSpec:
-        spec = self.flower(
-            "clientapp", "flower-superexec", "--insecure", "--runtime-api-address", runtime_api
+        spec = self.ours(
+            "clientapp",
+            "zk0bot.federation.superexec",
+            *("--insecure", "--runtime-api-address", runtime_api),
         )
-        path = f"{clientapp_bin_dir()}:{spec.env['PATH']}"
-        extra = {"PATH": path, "ZK0BOT_CLIENT_DIR": str(self.dir)}
-        return spec.model_copy(update={"env": {**spec.env, **extra}})
+        return spec.model_copy(update={"env": {**spec.env, "ZK0BOT_CLIENT_DIR": str(self.dir)}})
 
     def supervisor(self) -> ProcessSpec:
         return self.ours(SUPERVISOR, "zk0bot.ops.supervisor", "--dir", str(self.dir))
@@ -249,6 +251,7 @@ class _Builder:
             "FLWR_HOME": str(flower_home(self.dir)),
             "HF_HOME": str(self.dir / "hf"),
             "HF_HUB_CACHE": str(cache / "hub"),
+            "MPLCONFIGDIR": str(cache / "matplotlib"),
             "ZK0BOT_HOME": str(self.paths.root),
             SESSION_MARKER: str(self.dir),
         }
