@@ -232,6 +232,19 @@ class TrainAloneResult(Message):
     num_steps: int
 
 
+class BaselineRequest(Message):
+    """Closed loop of an actor that looks at nothing: the mean of recorded actions."""
+
+    op: Literal["baseline"] = "baseline"
+    spec: PolicySpec
+    """Cameras, picture size and steps per chunk as the policies beside it have."""
+    datasets: list[str] = Field(min_length=1)
+    """URIs whose episodes are averaged; their losses are not computed."""
+    per_task: bool
+    """Average the episodes with the scene's instruction only, else all instructions equally."""
+    rollout: RolloutRequest
+
+
 class StatusRequest(Message):
     op: Literal["status"] = "status"
 
@@ -250,6 +263,7 @@ Request = Annotated[
     | AssessRequest
     | SaveRequest
     | TrainAloneRequest
+    | BaselineRequest
     | StatusRequest,
     Field(discriminator="op"),
 ]

@@ -1,0 +1,193 @@
+"""How good a policy is: held-out loss with fixed noise, and closed loop in simulation.
+
+Shape letters: N scenes asked at once, B batch, S side of a picture, T chunk steps, A actions.
+"""
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from numpy.typing import NDArray
+from torch import Tensor
+
+from zk0bot.files import replacing, write_json
+from zk0bot.sim.arm import FPS
+from zk0bot.sim.rollout import Actor, EpisodeResult, Floats, rollout
+from zk0bot.sim.tasks import evaluation_scenes
+from zk0bot.training.policy import (
+    IMAGE_PREFIX,
+    encode_tasks,
+    flow_loss_sum,
+    predict_chunk,
+    valid_entries,
+)
+from zk0bot.training.processing import (
+    Batch,
+    Feed,
+    build_scaler,
+    seeded_generator,
+    to_device,
+    with_noise,
+)
+from zk0bot.training.protocol import DatasetStatistics, RolloutRequest, SectorResult
+from zk0bot.training.recording import Ints
+from zk0bot.training.statistics import ACTION, STATE
+
+NOISE_SEED = 4242
+SCENE_NOISE_SEED = 7
+EVALUATION_BATCH = 64
+StepProgress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def mean_loss(
+    policy: SmolVLAPolicy, feed: Feed, frames: Ints, progress: StepProgress = lambda k, n: None
+) -> float:
+    """Policy loss over ``frames``, mean over valid action entries, with noise and time fixed by
+    the frame's place, so that two policies are compared on equal terms."""
+    device = next(policy.parameters()).device
+    policy.eval()
+    total, count = 0.0, 0
+    for start in range(0, len(frames), EVALUATION_BATCH):
+        progress(start, len(frames))
+        batch = _fixed_batch(feed, frames[start : start + EVALUATION_BATCH], start)
+        total += float(flow_loss_sum(policy, to_device(batch, device)))
+        count += valid_entries(batch)
+    return total / count
+
+
+def stratified_frames(episode_N: Ints, frames: Ints, limit: int) -> Ints:
+    """At most ``limit`` of ``frames`` (0: all), spread evenly over their episodes and over time
+    within each."""
+    if limit == 0 or limit >= len(frames):
+        return frames
+    groups = [frames[episode_N[frames] == e] for e in np.unique(episode_N[frames])]
+    chosen = [
+        group[np.linspace(0, len(group) - 1, count).round().astype(np.int64)]
+        for group, count in zip(groups, _shares(limit, len(groups)), strict=True)
+        if count
+    ]
+    spread: Ints = np.unique(np.concatenate(chosen))
+    return spread
+
+
+def run_rollout(
+    act: Actor,
+    request: RolloutRequest,
+    *,
+    cameras: Sequence[str],
+    image_size: int,
+    n_action_steps: int,
+    policy_loss: float | None = None,
+    progress: StepProgress = lambda k, n: None,
+) -> tuple[list[SectorResult], list[Path]]:
+    """Successes per part of the table, and the films of the first ``videos`` scenes of each.
+
+    A film is ``video_dir/client_M/rollout_<timestamp>.mp4`` with a JSON of the same name beside
+    it, M being the number of the part's owner.
+    """
+    scenes = evaluation_scenes(request.scenes_per_sector, first_seed=request.first_seed)
+    sectors: list[SectorResult] = []
+    films: list[Path] = []
+    names = list(dict.fromkeys(scene.sector.name for scene in scenes))
+    for owner, name in enumerate(names):
+        progress(owner, len(names))
+        results = rollout(
+            [scene for scene in scenes if scene.sector.name == name],
+            act,
+            cameras=cameras,
+            image_size=image_size,
+            n_action_steps=n_action_steps,
+            record=request.videos,
+        )
+        successes = sum(result.success for result in results)
+        sectors.append(SectorResult(sector=name, successes=successes, episodes=len(results)))
+        folder = Path(request.video_dir) / f"client_{owner}"
+        films += [_save_film(r, folder, policy_loss) for r in results if r.frames is not None]
+    return sectors, films
+
+
+def policy_actor(policy: SmolVLAPolicy, statistics: DatasetStatistics) -> Actor:
+    """Acts as ``policy`` does on a robot; the flow noise is fixed per scene and step."""
+    device = next(policy.parameters()).device
+    states_scaler = build_scaler(statistics, STATE)
+    actions_scaler = build_scaler(statistics, ACTION)
+    shape = (policy.config.chunk_size, policy.config.max_action_dim)
+
+    def act(
+        images: dict[str, NDArray[np.uint8]],
+        states: Floats,
+        instructions: list[str],
+        step: int,
+        indices: NDArray[np.int64],
+    ) -> Floats:
+        tokens, mask = encode_tasks(policy, instructions)
+        batch: Batch = {
+            STATE: states_scaler.scale(torch.from_numpy(states)),
+            "observation.language.tokens": tokens,
+            "observation.language.attention_mask": mask,
+            **{
+                f"{IMAGE_PREFIX}{name}": torch.from_numpy(picture).permute(0, 3, 1, 2).contiguous()
+                for name, picture in images.items()
+            },
+            "noise": _scene_noise(indices, step, shape),
+        }
+        batch = to_device(batch, device)
+        chunk = predict_chunk(policy, batch, batch["noise"])
+        restored: Floats = actions_scaler.restore(chunk.float().cpu()).numpy()
+        return restored
+
+    return act
+
+
+def _fixed_batch(feed: Feed, frames: Ints, start: int) -> Batch:
+    return with_noise(feed.batch(frames), feed.noise_shape, [NOISE_SEED, start])
+
+
+def _shares(total: int, parts: int) -> list[int]:
+    """``total`` cut into ``parts`` whole numbers that differ by one at most."""
+    return [total // parts + (k < total % parts) for k in range(parts)]
+
+
+def _scene_noise(indices: NDArray[np.int64], step: int, shape: tuple[int, int]) -> Tensor:
+    return torch.stack(
+        [
+            torch.randn(shape, generator=seeded_generator([SCENE_NOISE_SEED, step, int(index)]))
+            for index in indices
+        ]
+    )
+
+
+def _save_film(result: EpisodeResult, folder: Path, policy_loss: float | None) -> Path:
+    stamp = datetime.now(UTC).strftime("%Y-%m-%d_%H-%M-%S-%f")
+    path = folder / f"rollout_{stamp}.mp4"
+    assert result.frames is not None
+    with replacing(path) as temporary:
+        write_video(temporary, result.frames, fps=FPS)
+    write_json(
+        path.with_suffix(".json"),
+        {
+            "success": result.success,
+            "duration": result.steps / FPS,
+            "policy_loss": policy_loss,
+            "task": result.scene.task.instruction,
+            "sector": result.scene.sector.name,
+            "seed": result.scene.seed,
+        },
+    )
+    return path
+
+
+def write_video(path: Path, frames_NSSC: NDArray[np.uint8], *, fps: int) -> None:
+    """Write an H.264 MP4 that any browser plays; sides must be even."""
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "20"})
+        stream.height, stream.width = frames_NSSC.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for picture in frames_NSSC:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())

@@ -1,0 +1,297 @@
+"""SmolVLA: built from a PolicySpec, its trained tensors read and written by name.
+
+The only place where the hub is asked for a model. All parameters are float32, so that the tensors
+that are averaged and the hash of the others agree on every machine.
+
+Shape letters: B batch, C channels, H, W pixels, T chunk steps, A action dimensions, L text tokens.
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor
+
+from zk0bot.config.models import PolicyConfig
+from zk0bot.config.paths import Paths
+from zk0bot.errors import ModelError
+from zk0bot.training.hub import hub_token
+from zk0bot.training.protocol import PolicySpec
+from zk0bot.training.vlm import TINY, ensure_vlm_folder
+
+logger = logging.getLogger(__name__)
+
+TINY_NAME = "tiny"
+VLM_FOLDER = "vlm"
+"""Subfolder of a checkpoint that holds the VLM's configuration and tokenizer."""
+IMAGE_PREFIX = "observation.images."
+CHECKPOINT_FILES = ("config.json", "model.safetensors")
+
+
+def build_policy(spec: PolicySpec, paths: Paths) -> SmolVLAPolicy:
+    """The initial policy on the CPU: a pure function of ``spec``; the global RNG is untouched.
+
+    Raises ModelError for a model that does not exist, lacks weights or does not fit the settings.
+    """
+    if spec.policy.model_name == TINY_NAME:
+        return new_policy(_tiny_config(spec.policy, paths), seed=spec.seed)
+    folder = _find_checkpoint(spec.policy, paths)
+    config = _checkpoint_config(folder, spec.policy)
+    policy = new_policy(config, seed=spec.seed)
+    _load_weights(policy, folder / "model.safetensors")
+    return policy
+
+
+def new_policy(config: SmolVLAConfig, *, seed: int) -> SmolVLAPolicy:
+    """A float32 policy with random weights from ``seed``."""
+    with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
+        torch.manual_seed(seed)
+        policy = SmolVLAPolicy(config)
+    return policy.float()
+
+
+def apply_settings(config: SmolVLAConfig, policy: PolicyConfig) -> SmolVLAConfig:
+    """Set in ``config`` what ``policy`` decides: features, sizes, what is trained."""
+    picture = PolicyFeature(FeatureType.VISUAL, (3, policy.image_size, policy.image_size))
+    config.input_features = {
+        "observation.state": PolicyFeature(FeatureType.STATE, (policy.state_dim,)),
+        **{f"{IMAGE_PREFIX}{name}": picture for name in policy.cameras},
+    }
+    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (policy.action_dim,))}
+    config.resize_imgs_with_padding = (policy.image_size, policy.image_size)
+    config.chunk_size = policy.chunk_size
+    config.n_action_steps = policy.n_action_steps
+    config.num_steps = policy.num_inference_steps
+    config.freeze_vision_encoder = policy.trained_part == "expert"
+    config.train_expert_only = policy.trained_part == "expert"
+    config.load_vlm_weights = False  # the checkpoint has them
+    config.empty_cameras = 0
+    config.device = "cpu"
+    config.push_to_hub = False
+    return config
+
+
+def trainable_tensors(policy: torch.nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained and travel, by name; not copies."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def load_trainable(policy: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy ``tensors`` into the trained parameters.
+
+    Raises ModelError, before anything is changed, unless names, shapes and dtype agree.
+    """
+    own = trainable_tensors(policy)
+    check_tensors(own, tensors)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raise ModelError naming the first tensor that is missing, unknown or of another kind."""
+    hint = "both sides need the same model-name, trained part and zk0bot version"
+    if missing := sorted(expected.keys() - given.keys()):
+        raise ModelError(f"{len(missing)} tensors are missing, first {missing[0]!r}", hint=hint)
+    if unknown := sorted(given.keys() - expected.keys()):
+        raise ModelError(f"{len(unknown)} tensors are unknown, first {unknown[0]!r}", hint=hint)
+    for name, tensor in expected.items():
+        if given[name].shape != tensor.shape or given[name].dtype != tensor.dtype:
+            raise ModelError(
+                f"tensor {name!r} is {_kind(given[name])}, not {_kind(tensor)}", hint=hint
+            )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ModelError naming it when it is absent or damaged."""
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is no readable safetensors file: {error}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The header's metadata of a safetensors file; ModelError as ``read_tensors``."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is no readable safetensors file: {error}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write contiguous CPU copies of ``tensors``."""
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(plain, path, metadata=metadata or None)
+
+
+def base_hash(policy: torch.nn.Module) -> str:
+    """SHA-256 over the tensors that are not trained, and names and shapes of those that are.
+
+    Two policies with equal hashes can be averaged. Call it before the policy leaves the CPU.
+    """
+    trained = trainable_tensors(policy)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(policy.state_dict().items()):
+        digest.update(f"{name} {_kind(tensor)} {name in trained}\n".encode())
+        if name not in trained:
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def count_parameters(policy: torch.nn.Module) -> tuple[int, int]:
+    """Number of parameters: all, trained."""
+    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
+
+
+def encode_tasks(policy: SmolVLAPolicy, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (B,L) of instructions, as LeRobot's preprocessor makes them."""
+    config = policy.config
+    encoded = policy.model.vlm_with_expert.processor.tokenizer(
+        [text if text.endswith("\n") else f"{text}\n" for text in texts],
+        max_length=config.tokenizer_max_length,
+        truncation=True,
+        padding=config.pad_language_to,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    return encoded["input_ids"], encoded["attention_mask"].bool()
+
+
+def flow_loss_sum(policy: SmolVLAPolicy, batch: Mapping[str, Tensor]) -> Tensor:
+    """Summed squared error of the predicted flow over the batch's valid action entries.
+
+    ``batch`` holds normalised state and action, pictures as uint8 B,C,H,W, tokens, ``noise``,
+    ``time`` and ``action_is_pad``. Divided by ``valid_entries`` it is ``SmolVLAPolicy.forward``'s
+    loss, which would wait for the device four times.
+    """
+    images, masks = policy.prepare_images(_with_float_images(policy, batch))
+    errors_BTA = policy.model.forward(
+        images,
+        masks,
+        batch["observation.language.tokens"],
+        batch["observation.language.attention_mask"],
+        policy.prepare_state(batch),
+        policy.prepare_action(batch),
+        batch["noise"],
+        batch["time"],
+    )[:, :, : policy.config.action_feature.shape[0]]
+    total: Tensor = (errors_BTA * ~batch["action_is_pad"][:, :, None]).sum()
+    return total
+
+
+def valid_entries(batch: Mapping[str, Tensor]) -> int:
+    """Number of action entries that are not padding; ``batch`` lies on the CPU."""
+    return int((~batch["action_is_pad"]).sum()) * batch["action"].shape[-1]
+
+
+def predict_chunk(policy: SmolVLAPolicy, batch: Mapping[str, Tensor], noise: Tensor) -> Tensor:
+    """Normalised actions B,T,A from normalised state, uint8 pictures and tokens."""
+    policy.reset()
+    chunk: Tensor = policy.predict_action_chunk(_with_float_images(policy, batch), noise=noise)
+    return chunk
+
+
+def _with_float_images(policy: SmolVLAPolicy, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    pictures = {name: batch[name].float() / 255 for name in policy.config.image_features}
+    return {**batch, **pictures}
+
+
+def _tiny_config(policy: PolicyConfig, paths: Paths) -> SmolVLAConfig:
+    if policy.image_size % TINY.image_size:
+        raise ModelError(
+            f"the tiny model cannot work on {policy.image_size} px",
+            hint=f"set policy.image_size to {TINY.image_size}",
+        )
+    vlm = ensure_vlm_folder(paths.models_dir, "tiny-vlm", TINY)
+    config = SmolVLAConfig(
+        vlm_model_name=str(vlm),
+        chunk_size=policy.chunk_size,
+        n_action_steps=policy.n_action_steps,
+        max_state_dim=policy.state_dim,
+        max_action_dim=policy.action_dim,
+        num_vlm_layers=TINY.layers,
+        expert_width_multiplier=0.75,
+        self_attn_every_n_layers=2,
+        attention_mode="cross_attn",
+        pad_language_to="longest",
+        device="cpu",
+    )
+    return apply_settings(config, policy)
+
+
+def _find_checkpoint(policy: PolicyConfig, paths: Paths) -> Path:
+    folder = Path(policy.model_name).expanduser()
+    if folder.is_dir() or policy.model_name.startswith(("/", ".", "~")):
+        for name in CHECKPOINT_FILES:
+            if not (folder / name).is_file():
+                raise ModelError(
+                    f"{folder} is no LeRobot policy folder: {name} is missing",
+                    hint="give the pretrained_model folder of a checkpoint",
+                )
+        return folder
+    return _download(policy, paths)
+
+
+def _download(policy: PolicyConfig, paths: Paths) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                policy.model_name,
+                revision=policy.model_revision or None,
+                cache_dir=paths.models_dir / "hub",
+                allow_patterns=[*CHECKPOINT_FILES, f"{VLM_FOLDER}/*"],
+                token=hub_token(paths.root),
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ModelError(
+            f"model {policy.model_name!r} cannot be had from the hub: {error}",
+            hint="model-name is tiny, a hub id such as lerobot/smolvla_base, or a folder",
+        ) from error
+
+
+def _checkpoint_config(folder: Path, policy: PolicyConfig) -> SmolVLAConfig:
+    config = PreTrainedConfig.from_pretrained(folder)
+    if not isinstance(config, SmolVLAConfig):
+        raise ModelError(f"{folder} holds a {config.type} policy, not smolvla")
+    if policy.state_dim > config.max_state_dim or policy.action_dim > config.max_action_dim:
+        raise ModelError(
+            f"{folder} takes up to {config.max_state_dim} state and {config.max_action_dim} "
+            f"action dimensions, not {policy.state_dim} and {policy.action_dim}",
+            hint="set policy.state_dim and policy.action_dim to what it was trained with",
+        )
+    if (folder / VLM_FOLDER).is_dir():
+        config.vlm_model_name = str(folder / VLM_FOLDER)
+    return apply_settings(config, policy)
+
+
+def _load_weights(policy: SmolVLAPolicy, path: Path) -> None:
+    try:
+        missing, unknown = load_model(policy, path, strict=False)
+    except RuntimeError as error:
+        raise ModelError(
+            f"the tensors in {path} have other shapes: {error}",
+            hint="the checkpoint was trained with another SmolVLA configuration",
+        ) from error
+    needed = sorted(name for name in missing if "lm_head" not in name)  # SmolVLA never calls it
+    if needed:
+        raise ModelError(f"{path} lacks {len(needed)} tensors, first {needed[0]!r}")
+    if unknown:
+        logger.warning("%s has %d tensors that are not used", path, len(unknown))
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -1,0 +1,92 @@
+"""What the trainer says of itself, in two files: one for its owner, one for the egress hop."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from zk0bot.config.paths import node_progress, trainer_state
+from zk0bot.files import write_json
+from zk0bot.records import NodeProgress, TrainerState, now
+from zk0bot.training.protocol import Failure
+
+INTERVAL_S = 0.25
+"""Progress is written at most this often."""
+
+
+class Reporter:
+    """Keeps TrainerState and NodeProgress on disk up to date."""
+
+    def __init__(self, owner_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._state_path = trainer_state(owner_dir)
+        self._progress_path = node_progress(owner_dir)
+        self._clock = clock
+        self._last_progress = -INTERVAL_S
+        self.state = TrainerState(state="loading", detail="starting", pid=os.getpid())
+        self._order = NodeProgress()
+        self.set_state("loading", "starting")
+
+    def set_state(
+        self,
+        state: Literal["loading", "ready", "working"],
+        detail: str = "",
+        done: int = 0,
+        total: int = 0,
+    ) -> None:
+        """Say what is done now, at once."""
+        self._write_state(state=state, detail=detail, done=done, total=total)
+
+    def set_identity(self, *, dataset_id: str, name: str) -> None:
+        """Say whose trainer this is."""
+        self._write_state(dataset_id=dataset_id, name=name)
+
+    def set_loading(self, detail: str, done: int = 0, total: int = 0) -> None:
+        """Say how far loading is; throttled, but for a new ``detail`` and the last step."""
+        if detail != self.state.detail or done == total or self._is_due():
+            self.set_state("loading", detail, done, total)
+
+    def set_failed(self, error: Failure) -> None:
+        """Say why no request can be served."""
+        self._write_state(
+            state="failed",
+            detail="",
+            error_code=error.code,
+            error_message=error.message,
+            error_hint=error.hint,
+        )
+        self._write_progress(NodeProgress(phase="failed"))
+
+    def begin_order(
+        self, phase: Literal["training", "evaluating"], *, run_id: str, round_: int, steps: int
+    ) -> None:
+        """Say at once which order is in work."""
+        self._write_progress(
+            NodeProgress(flower_run_id=run_id, round=round_, phase=phase, steps=steps)
+        )
+
+    def step(self, step: int, loss: Callable[[], float] | None = None) -> None:
+        """Say how far the order is; throttled, so ``loss`` is only computed when it is shown."""
+        if not self._is_due():
+            return
+        value = None if loss is None else loss()
+        self._write_progress(self._order.model_copy(update={"step": step, "loss": value}))
+
+    def end_order(self) -> None:
+        """Say that the trainer is free."""
+        self._write_progress(NodeProgress(phase="ready"))
+
+    def _is_due(self) -> bool:
+        moment = self._clock()
+        if moment - self._last_progress < INTERVAL_S:
+            return False
+        self._last_progress = moment
+        return True
+
+    def _write_state(self, **changes: object) -> None:
+        self.state = self.state.model_copy(update={**changes, "updated_at": now()})
+        write_json(self._state_path, self.state, mode=0o600)
+
+    def _write_progress(self, progress: NodeProgress) -> None:
+        self._order = progress
+        write_json(self._progress_path, progress, mode=0o600)

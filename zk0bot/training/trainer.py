@@ -1,0 +1,233 @@
+"""The warm trainer: ``python -m zk0bot.training.trainer --dir DIR --role node|server``.
+
+It imports LeRobot once, keeps policy and data loaded, and answers requests on a Unix socket, one
+JSON line each way, one request of work at a time. ``status`` is answered at once, also while it
+loads or works. Nothing heavy is imported before the socket listens.
+"""
+
+import argparse
+import contextlib
+import errno
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from pydantic import TypeAdapter, ValidationError
+
+from zk0bot.config.load import load_paths
+from zk0bot.config.models import ClientConfig
+from zk0bot.config.paths import client_config, trainer_socket
+from zk0bot.errors import ServiceError, Zk0Error
+from zk0bot.files import private_dir, read_record
+from zk0bot.training.protocol import Failure, Message, Request, StatusRequest, TrainerStatus
+from zk0bot.training.reporter import Reporter
+
+if TYPE_CHECKING:
+    from zk0bot.training.service import Service
+
+logger = logging.getLogger(__name__)
+
+Role = Literal["node", "server"]
+REQUESTS: TypeAdapter[Request] = TypeAdapter(Request)
+MAX_LINE = 16 * 2**20
+"""Longest request, in bytes; the longest honest ones carry a model card."""
+
+
+def run(owner_dir: Path, role: Role) -> NoReturn:
+    """Serve ``owner_dir`` until SIGTERM; ServiceError when another trainer does already."""
+    private_dir(owner_dir)
+    with _listening(trainer_socket(owner_dir)) as listener:
+        reporter = Reporter(owner_dir)
+        desk = Desk(reporter)
+        threading.Thread(target=desk.accept_from, args=(listener,), daemon=True).start()
+        try:
+            service = _load_service(owner_dir, role, reporter)
+        except (Zk0Error, OSError) as error:
+            failure = _to_failure(error)
+            logger.error("%s", failure.message)
+            reporter.set_failed(failure)
+            desk.refuse_all(failure)
+        reporter.set_state("ready")
+        reporter.end_order()
+        desk.serve(service)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A request that waits for its turn, and who asked."""
+
+    request: Request
+    connection: socket.socket
+
+    @property
+    def files(self) -> set[str]:
+        """Names of the files it is about."""
+        return {getattr(self.request, "weights_path", "")} - {""}
+
+
+class Desk:
+    """Takes requests in threads, hands them to the main thread one at a time."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._jobs: queue.Queue[Job] = queue.Queue()
+
+    def accept_from(self, listener: socket.socket) -> NoReturn:
+        """Take connections for ever; each has its own thread until its request is read."""
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=self._receive, args=(connection,), daemon=True).start()
+
+    def serve(self, service: "Service") -> NoReturn:
+        """Answer requests in the order of their arrival."""
+        while True:
+            job = self._jobs.get()
+            if _is_gone(job.connection):
+                job.connection.close()
+                continue
+            waiting = {name for other in list(self._jobs.queue) for name in other.files}
+            self._reporter.set_state("working", job.request.op)
+            answer = _answer(service, job.request, job.files | waiting)
+            self._reporter.end_order()
+            self._reporter.set_state("ready")
+            _send(job.connection, answer)
+
+    def refuse_all(self, failure: Failure) -> NoReturn:
+        """Answer every request with the reason why none can be served."""
+        while True:
+            _send(self._jobs.get().connection, failure)
+
+    def _receive(self, connection: socket.socket) -> None:
+        """Read one request: status is answered here, the rest waits for the main thread."""
+        try:
+            with connection.makefile("rb") as lines:
+                line = lines.readline(MAX_LINE)
+        except ConnectionError:
+            connection.close()
+            return
+        try:
+            request = REQUESTS.validate_json(line)
+        except ValidationError as error:
+            message = f"the request cannot be read: {error}"
+            hint = "caller and trainer need the same zk0bot version"
+            _send(connection, Failure(code="bad_request", message=message, hint=hint))
+            return
+        if isinstance(request, StatusRequest):
+            _send(connection, self._status())
+        else:
+            self._jobs.put(Job(request=request, connection=connection))
+
+    def _status(self) -> TrainerStatus:
+        state = self._reporter.state
+        return TrainerStatus(
+            state=state.state, detail=state.error_message or state.detail, pid=state.pid
+        )
+
+
+def _load_service(owner_dir: Path, role: Role, reporter: Reporter) -> "Service":
+    reporter.set_loading("importing LeRobot")
+    from zk0bot.training.service import Service  # here, so that status is answered meanwhile
+
+    service = Service(owner_dir, load_paths(), reporter)
+    path = client_config(owner_dir)
+    service.load(read_record(path, ClientConfig) if role == "node" else None)
+    return service
+
+
+@contextlib.contextmanager
+def _listening(path: Path) -> Iterator[socket.socket]:
+    """A listening Unix socket at ``path``, for its owner only; gone afterwards."""
+    if _is_served(path):
+        raise ServiceError(
+            f"another trainer serves {path}", hint="stop it first: zk0bot client stop"
+        )
+    private_dir(path.parent)
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen()
+        try:
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _is_served(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def _is_gone(connection: socket.socket) -> bool:
+    """Whether the caller has hung up, so that nobody waits for the answer."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def _answer(service: "Service", request: Message, in_use: set[str]) -> Message:
+    try:
+        return service.answer(request, in_use)
+    except (Zk0Error, OSError) as error:
+        failure = _to_failure(error)
+        logger.error("%s", failure.message)
+        return failure
+
+
+def _send(connection: socket.socket, answer: Message) -> None:
+    kind = "error" if isinstance(answer, Failure) else "ok"
+    line = json.dumps({kind: answer.model_dump(mode="json")}) + "\n"
+    with contextlib.suppress(ConnectionError), connection:  # the caller may have given up
+        connection.sendall(line.encode())
+
+
+def _to_failure(error: Zk0Error | OSError) -> Failure:
+    if isinstance(error, Zk0Error):
+        return Failure(code=error.code, message=error.message, hint=error.hint)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    hint = "free some disk space" if full else None
+    return Failure(code=ServiceError.code, message=str(error), hint=hint)
+
+
+class _StoppedError(BaseException):
+    """SIGTERM has come."""
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> NoReturn:
+    raise _StoppedError
+
+
+def main(arguments: Sequence[str]) -> NoReturn:
+    parser = argparse.ArgumentParser(prog="python -m zk0bot.training.trainer")
+    parser.add_argument("--dir", type=Path, required=True, help="private folder of its owner")
+    parser.add_argument("--role", choices=("node", "server"), required=True)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("lerobot").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _raise_stopped)
+    try:
+        run(options.dir.absolute(), options.role)
+    except Zk0Error as error:
+        logger.error("%s", error.message)
+        raise SystemExit(error.exit_code) from None
+    except _StoppedError:
+        logger.info("stopped")
+        logging.shutdown()
+        os._exit(0)  # all is tidied up; taking torch apart would need seconds
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

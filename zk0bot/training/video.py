@@ -1,0 +1,94 @@
+"""Frames of LeRobot's video files, by PyAV.
+
+Shape letters: N frames, C channels, H, W pixels.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from zk0bot.errors import DataError
+
+Frames = NDArray[np.uint8]
+MEND = "copy the file again from where it was recorded, or record its episodes anew"
+
+
+def read_frames(path: Path, numbers: Iterable[int], fps: float) -> Frames:
+    """Frames N,C,H,W of a video by number, in ascending order, decoded in one pass each run.
+
+    Frames are told apart by their time stamps. Raises DataError naming the file when it is
+    missing, no video, or ends before the last frame asked for.
+    """
+    wanted = sorted(set(numbers))
+    found: list[Frames] = []
+    with _opened(path) as container:
+        for first, last in _runs(wanted):
+            found.extend(_decode_run(container, path, first, last, fps))
+    return np.stack(found)
+
+
+def count_frames_from(path: Path, number: int, fps: float) -> int:
+    """How many frames can be decoded from ``number`` on; 0 when the video ends before it."""
+    count = 0
+    with _opened(path) as container:
+        for _ in _decode_from(container, path, number, fps):
+            count += 1
+    return count
+
+
+def _opened(path: Path) -> av.container.InputContainer:
+    if not path.is_file():
+        raise DataError(f"video {path} is missing", hint=MEND)
+    try:
+        container = av.open(str(path))
+    except (av.error.FFmpegError, OSError) as error:
+        raise DataError(f"video {path} cannot be opened: {error}", hint=MEND) from error
+    if not container.streams.video:
+        container.close()
+        raise DataError(f"video {path} holds no pictures", hint=MEND)
+    return container
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as (first, last) of runs without gaps."""
+    start = 0
+    for end in range(1, len(numbers) + 1):
+        if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
+            yield numbers[start], numbers[end - 1]
+            start = end
+
+
+def _decode_run(
+    container: av.container.InputContainer, path: Path, first: int, last: int, fps: float
+) -> Iterator[Frames]:
+    expected = first
+    for number, frame in _decode_from(container, path, first, fps):
+        if number != expected:
+            break
+        picture: Frames = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+        yield picture.transpose(2, 0, 1)
+        if number == last:
+            return
+        expected += 1
+    raise DataError(f"video {path} lacks frame {expected}: it is cut short or damaged", hint=MEND)
+
+
+def _decode_from(
+    container: av.container.InputContainer, path: Path, first: int, fps: float
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(number, frame) from ``first`` on."""
+    stream = container.streams.video[0]
+    stream.thread_type = "NONE"
+    if stream.time_base is None:
+        raise DataError(f"video {path} has no time base", hint=MEND)
+    try:
+        container.seek(int(first / fps / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            number = -1 if frame.pts is None else round(float(frame.pts * stream.time_base) * fps)
+            if number >= first:
+                yield number, frame
+    except (av.error.FFmpegError, OSError) as error:
+        raise DataError(f"video {path} cannot be decoded: {error}", hint=MEND) from error
