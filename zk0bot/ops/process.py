@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ import psutil
 
 from zk0bot.errors import PortInUseError
 from zk0bot.ops.specs import SESSION_MARKER
+
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +37,11 @@ def end(processes: Sequence[psutil.Process], *, grace_s: float) -> Ended:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, stubborn = psutil.wait_procs(processes, timeout=grace_s)
+    stubborn = _wait(processes, grace_s)
     for process in stubborn:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(stubborn, timeout=grace_s)
+    _wait(stubborn, grace_s)
     return Ended(
         pids=tuple(process.pid for process in processes),
         killed=tuple(process.pid for process in stubborn),
@@ -55,7 +58,7 @@ def started_at(pid: int) -> float | None:
 def is_alive(pid: int) -> bool:
     """Whether ``pid`` runs; a zombie does not."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        return _runs(psutil.Process(pid))
     return False
 
 
@@ -87,6 +90,22 @@ def free_ports(first: int, count: int, taken: Iterable[int]) -> list[int]:
         if len(found) == count:
             return found
     raise PortInUseError(f"no {count} free ports from {first} up", hint="set first-port lower")
+
+
+def _wait(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those that still run after ``timeout_s``; a zombie counts as gone, its parent is not ours."""
+    end_at = time.monotonic() + timeout_s
+    while left := [process for process in processes if _runs(process)]:
+        if time.monotonic() > end_at:
+            return left
+        time.sleep(_POLL_S)
+    return []
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def _holder(port: int) -> str:

@@ -128,7 +128,8 @@ def start_server(machine: Machine, config: ServerConfig, on_wait: OnWait) -> Ser
 
 def stop_server(machine: Machine) -> StopReport:
     """End the server's processes. Raises SessionAbsentError when there are none."""
-    report = _stop(machine, machine.paths.server_dir, SERVER_SESSION)
+    with _exclusive(machine.paths.root):
+        report = _stop(machine, machine.paths.server_dir, SERVER_SESSION)
     if report is None:
         raise SessionAbsentError("the server is not running", hint="zk0bot server start")
     record.close_active_runs(machine.paths, "stopped", "the server was stopped")
@@ -182,7 +183,8 @@ def wait_for_client(machine: Machine, slug: str, config: ClientConfig, on_wait: 
 
 def stop_client(machine: Machine, slug: str) -> StopReport:
     """End one client's processes. Raises SessionAbsentError when there are none."""
-    report = _stop(machine, machine.paths.client_dir(slug), client_session_name(slug))
+    with _exclusive(machine.paths.root):
+        report = _stop(machine, machine.paths.client_dir(slug), client_session_name(slug))
     if report is None:
         raise SessionAbsentError(f"client {slug!r} is not running", hint="zk0bot client list")
     return report
@@ -310,7 +312,7 @@ def _split_address(server: str) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def _exclusive(root: Path) -> Iterator[None]:
-    """One start at a time below a state root; the lock is on the folder and leaves no file."""
+    """One start or stop at a time below a state root; locks the folder, leaves no file."""
     private_dir(root)
     descriptor = os.open(root, os.O_RDONLY)
     try:

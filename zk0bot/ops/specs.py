@@ -58,7 +58,7 @@ class SessionSpec(Record):
     dir: Path
     """The service's private folder."""
     ports: tuple[int, ...]
-    """Loopback and public ports that its processes listen on."""
+    """Listened on. Server: gateway, SuperLink. Client: egress hop, SuperNode."""
     address: str
     """HOST:PORT that clients reach: this server's, or the one a client connects to."""
     processes: tuple[ProcessSpec, ...]
@@ -105,6 +105,12 @@ def superlink_database(paths: Paths) -> Path:
 def flower_home(service_dir: Path) -> Path:
     """FLWR_HOME of one service; Flower unpacks the bundle below it."""
     return service_dir / "flwr"
+
+
+def superlink_address(server: SessionSpec) -> str:
+    """HOST:PORT of a server's SuperLink; loopback only."""
+    _, superlink_port = server.ports
+    return f"127.0.0.1:{superlink_port}"
 
 
 def client_session_name(slug: str) -> str:
