@@ -10,9 +10,10 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from zk0bot.cli.live import render
 from zk0bot.cli.show import Show
+from zk0bot.cli.view import describe_round
 from zk0bot.ops.demo import Bar
-from zk0bot.ops.state import describe_run
 from zk0bot.records import RunRecord
 
 _PLAIN_STEP = 20
@@ -64,9 +65,9 @@ class DemoView:
     def run(self, run: RunRecord) -> None:
         """The rounds and what each client does."""
         if self._live:
-            self._live.update(build_bars(run_bars(run)))
+            self._live.update(render(run))
             return
-        self._say("run", run.state, run.rounds_done, describe_run(run))
+        self._say("run", run.state, run.rounds_done, describe_round(run))
 
     def _say(self, name: str, state: str, count: int, text: str) -> None:
         """A line, unless the last one about ``name`` said the same."""
@@ -87,28 +88,6 @@ def build_bars(bars: Sequence[Bar]) -> RenderableType:
             bar.detail,
         )
     return table
-
-
-def run_bars(run: RunRecord) -> list[Bar]:
-    """The run as a whole, then its clients."""
-    details = [run.reason or run.phase]
-    if run.loss is not None:
-        details.append(f"held-out loss {run.loss:.3f}")
-    if run.eta_s:
-        details.append(f"{run.eta_s:.0f} s left")
-    whole = Bar(
-        name="round", detail=", ".join(filter(None, details)),
-        done=run.rounds_done, total=run.num_rounds,
-    )  # fmt: skip
-    return [whole] + [
-        Bar(
-            name=client.name,
-            detail=client.reason or client.phase,
-            done=client.step,
-            total=client.steps,
-        )
-        for client in run.clients
-    ]
 
 
 def describe_bar(bar: Bar) -> str:

@@ -10,6 +10,7 @@ from zk0bot.ops.specs import ProcessSpec
 from zk0bot.ops.state import describe_exit
 
 _GRACE_S = 5.0
+_TAIL_LINES = 12
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Child:
             return status == 0
         raise ServiceError(
             f"{self.spec.name} ended with {describe_exit(status)}; last lines of its log:\n"
-            + read_tail(self.spec.log_path),
+            + read_tail(self.spec.log_path, lines=_TAIL_LINES),
             hint=f"full log: {self.spec.log_path}",
         )
 

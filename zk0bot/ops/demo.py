@@ -20,7 +20,7 @@ from zk0bot.config.models import ClientConfig, ServerConfig
 from zk0bot.config.paths import Paths
 from zk0bot.errors import ConfigError, SessionAbsentError, SessionExistsError
 from zk0bot.files import read_json, read_record, write_json
-from zk0bot.ops import record, runs, services
+from zk0bot.ops import runs, services
 from zk0bot.ops.child import Child
 from zk0bot.ops.demo_plan import (
     OWNERS,
@@ -211,18 +211,14 @@ class _Demo:
             return self._watch(submitted.run_id)
 
     def _watch(self, run_id: str) -> tuple[RunRecord, list[float]]:
-        ends: list[float] = []
-        begun = 0.0
-        while True:
-            run = record.get_run(self._paths, run_id)
+        begun, ends = 0.0, list[float]()
+        for run in runs.watch(self.machine, run_id):
             if run.round and not begun:
                 begun = time.time()
             ends += [time.time()] * (run.rounds_done - len(ends))
             self.view.run(run)
-            if run.is_final:
-                begins = [begun, *ends][: len(ends)]
-                return run, [end - begin for begin, end in zip(begins, ends, strict=True)]
-            time.sleep(POLL_S)
+        begins = [begun, *ends][: len(ends)]
+        return run, [end - begin for begin, end in zip(begins, ends, strict=True)]
 
     def _compare(self, baselines: Child, run: RunRecord) -> dict[str, PolicyScore]:
         """All policies on the same scenes; the baselines alone where the run failed."""
