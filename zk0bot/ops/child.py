@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from zk0bot.errors import ServiceError
 from zk0bot.files import private_dir
-from zk0bot.ops.health import read_tail
+from zk0bot.ops.log import read_tail
 from zk0bot.ops.specs import ProcessSpec
 from zk0bot.ops.state import describe_exit
 
@@ -44,7 +44,7 @@ class Child:
             return status == 0
         raise ServiceError(
             f"{self.spec.name} ended with {describe_exit(status)}; last lines of its log:\n"
-            + read_tail(self.spec.log_path, lines=_TAIL_LINES),
+            + "\n".join(read_tail(self.spec.log_path, _TAIL_LINES)),
             hint=f"full log: {self.spec.log_path}",
         )
 
