@@ -29,7 +29,7 @@ _PLACEHOLDER = "exec cat"
 """Keeps a new window open until its log is connected."""
 _NOTHING_THERE = re.compile(
     "no server running|can't find session|no such file|error connecting|session not found"
-    "|server exited",
+    "|server exited|no current target",
     re.IGNORECASE,
 )
 _REMIND_S = 0.05
