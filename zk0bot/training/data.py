@@ -16,8 +16,6 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -28,7 +26,7 @@ from zk0bot.config.uri import parse_dataset_uri
 from zk0bot.errors import ConfigError, DataError
 from zk0bot.files import read_json, write_json
 from zk0bot.sim.dataset import ensure_sim_dataset
-from zk0bot.training.hub import hub_token
+from zk0bot.training.hub import fetch
 from zk0bot.training.protocol import DatasetStatistics
 from zk0bot.training.recording import Footage, Ints, Recording, read_recording
 from zk0bot.training.statistics import ACTION, STATE, feature_statistics
@@ -115,7 +113,8 @@ def find_dataset(uri: str, paths: Paths, *, revision: str = "", progress: Progre
             uri, paths.datasets_dir, lambda done, total: progress("making data", done, total)
         )
     progress(f"downloading {parsed.value}", 0, 0)
-    return _download(parsed.value, revision, paths)
+    patterns = ["meta/*", "data/*", "videos/*"]
+    return fetch(parsed.value, "dataset", paths, revision=revision, patterns=patterns)
 
 
 def load_dataset(
@@ -275,22 +274,3 @@ def _read_stored_pictures(path: Path, key: str, rows: Ints) -> NDArray[np.uint8]
     except (OSError, TypeError) as error:
         raise DataError(f"{path} holds a damaged picture in {key}: {error}") from error
     return np.stack(pictures).transpose(0, 3, 1, 2)
-
-
-def _download(repo_id: str, revision: str, paths: Paths) -> Path:
-    try:
-        return Path(
-            snapshot_download(
-                repo_id,
-                repo_type="dataset",
-                revision=revision or None,
-                cache_dir=paths.datasets_dir / "hub",
-                allow_patterns=["meta/*", "data/*", "videos/*"],
-                token=hub_token(paths.root),
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise DataError(
-            f"dataset hf:{repo_id} cannot be had from the hub: {error}",
-            hint="check its name and revision; for a private one set HF_TOKEN",
-        ) from error

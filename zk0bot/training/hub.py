@@ -1,12 +1,50 @@
-"""The token for the model and dataset hub: never in argv, never in a log."""
+"""What is fetched from the model and dataset hub, and the token for it.
+
+The token is never in argv and never in a log.
+"""
 
 from pathlib import Path
+from typing import Literal
 
+import httpx
 import huggingface_hub
+from huggingface_hub.errors import HFValidationError
 
-from zk0bot.errors import ConfigError
+from zk0bot.config.paths import Paths
+from zk0bot.errors import ConfigError, DataError, ModelError
 
 TOKEN_FILE = "hf_token"
+
+
+def fetch(
+    repo_id: str,
+    kind: Literal["model", "dataset"],
+    paths: Paths,
+    *,
+    revision: str,
+    patterns: list[str],
+) -> Path:
+    """A folder with the files of ``repo_id`` that match ``patterns``, downloaded where needed.
+
+    An empty ``revision`` is the main branch. Raises ModelError or DataError when the hub cannot
+    be reached, has no such thing, or refuses it.
+    """
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo_id,
+            repo_type=kind,
+            revision=revision or None,
+            cache_dir=paths.cache_dir / "hub",
+            allow_patterns=patterns,
+            token=hub_token(paths.root),
+        )
+    except (httpx.HTTPError, HFValidationError, OSError) as error:
+        wrong = ModelError if kind == "model" else DataError
+        raise wrong(
+            f"{kind} {repo_id!r} cannot be had from the hub: {error}",
+            hint="check name, revision and network; for what is private set HF_TOKEN",
+        ) from error
+    return Path(folder)
 
 
 def hub_token(root: Path) -> str | None:

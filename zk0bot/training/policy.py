@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -26,7 +24,7 @@ from torch import Tensor
 from zk0bot.config.models import PolicyConfig
 from zk0bot.config.paths import Paths
 from zk0bot.errors import ModelError
-from zk0bot.training.hub import hub_token
+from zk0bot.training.hub import fetch
 from zk0bot.training.protocol import PolicySpec
 from zk0bot.training.vlm import TINY, ensure_vlm_folder
 
@@ -55,9 +53,15 @@ def build_policy(spec: PolicySpec, paths: Paths) -> SmolVLAPolicy:
 
 def new_policy(config: SmolVLAConfig, *, seed: int) -> SmolVLAPolicy:
     """A float32 policy with random weights from ``seed``."""
-    with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
-        torch.manual_seed(seed)
-        policy = SmolVLAPolicy(config)
+    try:
+        with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
+            torch.manual_seed(seed)
+            policy = SmolVLAPolicy(config)
+    except OSError as error:
+        raise ModelError(
+            f"the VLM {config.vlm_model_name!r} of the policy cannot be had: {error}",
+            hint="check the network, or give a checkpoint with a vlm folder",
+        ) from error
     return policy.float()
 
 
@@ -242,25 +246,13 @@ def _find_checkpoint(policy: PolicyConfig, paths: Paths) -> Path:
                     hint="give the pretrained_model folder of a checkpoint",
                 )
         return folder
-    return _download(policy, paths)
-
-
-def _download(policy: PolicyConfig, paths: Paths) -> Path:
-    try:
-        return Path(
-            snapshot_download(
-                policy.model_name,
-                revision=policy.model_revision or None,
-                cache_dir=paths.models_dir / "hub",
-                allow_patterns=[*CHECKPOINT_FILES, f"{VLM_FOLDER}/*"],
-                token=hub_token(paths.root),
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ModelError(
-            f"model {policy.model_name!r} cannot be had from the hub: {error}",
-            hint="model-name is tiny, a hub id such as lerobot/smolvla_base, or a folder",
-        ) from error
+    return fetch(
+        policy.model_name,
+        "model",
+        paths,
+        revision=policy.model_revision,
+        patterns=[*CHECKPOINT_FILES, f"{VLM_FOLDER}/*"],
+    )
 
 
 def _checkpoint_config(folder: Path, policy: PolicyConfig) -> SmolVLAConfig:
