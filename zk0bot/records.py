@@ -101,7 +101,7 @@ class RunRecord(Record):
 class NodeProgress(Record):
     """What a node's egress hop reports while it trains; numbers only, nothing about the data."""
 
-    flower_run_id: str = ""
+    run_id: str = ""
     round: int = Field(ge=0, default=0)
     phase: Literal["loading", "ready", "training", "evaluating", "failed"] = "ready"
     step: int = Field(ge=0, default=0)

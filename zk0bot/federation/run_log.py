@@ -60,7 +60,9 @@ class RunLog:
             if client.phase not in ("sending", "training"):
                 continue
             progress = self._read_progress(client.node_id)
-            if progress and progress.round == round_ and progress.phase == "training":
+            if progress is None or progress.run_id != self.record.run_id:
+                continue  # of an earlier run, or not begun
+            if progress.round == round_ and progress.phase == "training":
                 line = {"phase": "training", "step": progress.step, "steps": progress.steps}
                 self.set_client(int(client.node_id), **line, loss=progress.loss)
 

@@ -61,9 +61,7 @@ class Reporter:
         self, phase: Literal["training", "evaluating"], *, run_id: str, round_: int, steps: int
     ) -> None:
         """Say at once which order is in work."""
-        self._write_progress(
-            NodeProgress(flower_run_id=run_id, round=round_, phase=phase, steps=steps)
-        )
+        self._write_progress(NodeProgress(run_id=run_id, round=round_, phase=phase, steps=steps))
 
     def step(self, step: int, loss: Callable[[], float] | None = None) -> None:
         """Say how far the order is; throttled, so ``loss`` is only computed when it is shown."""
