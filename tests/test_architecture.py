@@ -89,13 +89,14 @@ def test_functions_fit_a_screen(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_stand_at_the_top(path: Path) -> None:
+def test_imports_stand_at_the_top_or_say_why_not(path: Path) -> None:
+    lines = path.read_text().splitlines()
     inner = [
         f"{path.name}:{node.lineno}"
-        for function in ast.walk(ast.parse(path.read_text()))
+        for function in ast.walk(ast.parse("\n".join(lines)))
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         for node in ast.walk(function)
-        if isinstance(node, ast.Import | ast.ImportFrom)
+        if isinstance(node, ast.Import | ast.ImportFrom) and "# " not in lines[node.lineno - 1]
     ]
     assert not inner
 
