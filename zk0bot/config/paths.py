@@ -97,6 +97,11 @@ def node_progress(private_dir: Path) -> Path:
     return private_dir / "progress.json"
 
 
+def mailbox_flag(progress_dir: Path) -> Path:
+    """A file that the ServerApp touches after it has sent orders; the gateway watches it."""
+    return progress_dir / "mailbox"
+
+
 def link_state(client_dir: Path) -> Path:
     """LinkState, written by the egress hop."""
     return client_dir / "link.json"

@@ -44,7 +44,7 @@ from zk0bot.training.statistics import pool_statistics
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.1
+POLL_S = 0.2
 
 
 class RunStopped(RunError):

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 from flwr.app import Message as FlowerMessage
@@ -36,8 +37,10 @@ class Reply:
 class Courier:
     """Sends at most one order to a node at a time: a node that owes a reply gets no other."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, flag: Path) -> None:
+        """``flag`` is touched after each order, so that the gateway hands it out at once."""
         self._grid = grid
+        self._flag = flag
         self._owed: dict[int, str] = {}
 
     def nodes(self) -> list[int]:
@@ -70,6 +73,7 @@ class Courier:
         if not message_id:
             return "the SuperLink refused the order"
         self._owed[node_id] = message_id
+        self._flag.touch()
         return ""
 
     def poll(self, node_ids: Iterable[int]) -> Iterator[Reply]:

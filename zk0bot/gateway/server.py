@@ -1,14 +1,14 @@
 """The server's hop: forwards what SuperNodes ask of the SuperLink, and nothing else of Flower.
 
-An empty ``pull-messages`` is held for a while and asked again here, so that an order reaches a
-node in a tenth of a second instead of Flower's three.
+An empty ``pull-messages`` is held here and asked again when the ServerApp says that it has sent
+something, so that an order reaches a node at once instead of after Flower's three seconds.
 """
 
 import argparse
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from zk0bot.config.paths import mailbox_flag
 from zk0bot.files import write_json
 from zk0bot.gateway.forward import (
     FLEET_OPERATIONS,
@@ -34,7 +35,9 @@ from zk0bot.gateway.forward import (
 from zk0bot.records import GatewayHealth, NodeProgress, Record
 from zk0bot.version import __version__
 
-POLL_S = 0.1
+REASK_S = 1.0
+"""An empty pull is asked again this often, and whenever the mailbox flag is raised."""
+FLAG_POLL_S = 0.02
 MAX_PROGRESS_BYTES = 4096
 MAX_PULL_BYTES = 65536
 
@@ -46,12 +49,41 @@ class ProgressReport(Record):
     progress: NodeProgress
 
 
+class MailboxFlag:
+    """Wakes the held pulls when the ServerApp touches a file (``paths.mailbox_flag``)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._raised = asyncio.Event()
+
+    async def watch(self) -> None:
+        """Notice each touch within FLAG_POLL_S, until cancelled."""
+        seen = self._touched_at()
+        while True:
+            await asyncio.sleep(FLAG_POLL_S)
+            if (touched := self._touched_at()) != seen:
+                seen = touched
+                self._raised.set()
+                self._raised = asyncio.Event()
+
+    async def wait(self, timeout_s: float) -> None:
+        """Return when the flag is raised, or after ``timeout_s``."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._raised.wait(), timeout_s)
+
+    def _touched_at(self) -> int:
+        with suppress(FileNotFoundError):
+            return self._path.stat().st_mtime_ns
+        return 0
+
+
 class Gateway:
     """Handlers over one upstream client; remembers which nodes have asked for messages."""
 
-    def __init__(self, client: httpx.AsyncClient, progress_dir: Path) -> None:
+    def __init__(self, client: httpx.AsyncClient, progress_dir: Path, flag: MailboxFlag) -> None:
         self._client = client
         self._progress_dir = progress_dir
+        self._flag = flag
         self._nodes: set[str] = set()
 
     async def fleet(self, request: Request) -> Response:
@@ -100,7 +132,7 @@ class Gateway:
             while _is_empty(answer) and time.monotonic() < deadline:
                 if await request.is_disconnected():
                     break
-                await asyncio.sleep(POLL_S)
+                await self._flag.wait(min(REASK_S, deadline - time.monotonic()))
                 answer = await forward_bytes(self._client, request, body)
         except httpx.TransportError:
             return Response(status_code=502)
@@ -110,11 +142,14 @@ class Gateway:
 def build_app(superlink: str, progress_dir: Path) -> Starlette:
     """The gateway in front of the SuperLink at ``superlink`` (HOST:PORT)."""
     client = build_client(f"http://{superlink}")
-    gateway = Gateway(client, progress_dir)
+    flag = MailboxFlag(mailbox_flag(progress_dir))
+    gateway = Gateway(client, progress_dir, flag)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        watcher = asyncio.create_task(flag.watch())
         yield
+        watcher.cancel()
         await client.aclose()
 
     routes = [

@@ -22,7 +22,6 @@ SESSION_MARKER = "ZK0BOT_SESSION"
 _FLOWER_ENV = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",  # the default of 1 s is paid for every message
 }
 
 
@@ -228,7 +227,11 @@ class _Builder:
             "zk0bot.federation.superexec",
             *("--insecure", "--runtime-api-address", runtime_api),
         )
-        return spec.model_copy(update={"env": {**spec.env, "ZK0BOT_CLIENT_DIR": str(self.dir)}})
+        extra = {
+            "ZK0BOT_CLIENT_DIR": str(self.dir),
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # the default, 1 s, is paid every message
+        }
+        return spec.model_copy(update={"env": {**spec.env, **extra}})
 
     def supervisor(self) -> ProcessSpec:
         return self.ours(SUPERVISOR, "zk0bot.ops.supervisor", "--dir", str(self.dir))

@@ -107,7 +107,7 @@ def federation(tmp_path: Path, nodes: dict[int, Node], **settings: object) -> Fe
     referee = Referee(config=config, evaluator=CountingEvaluator(), output=output, log=log)
     return Federation(
         config=config,
-        courier=Courier(FakeGrid(nodes)),
+        courier=Courier(FakeGrid(nodes), tmp_path / "mailbox"),
         cohort=Cohort(config=config, spec=spec, base_hash=BASE_HASH),
         referee=referee,
         log=log,

@@ -1,6 +1,8 @@
 """Both hops against a SuperLink in memory."""
 
 import json
+import threading
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +24,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from zk0bot.config.paths import link_state, node_progress
+from zk0bot.config.paths import link_state, mailbox_flag, node_progress
 from zk0bot.files import read_json, read_record, write_json
 from zk0bot.gateway import egress, server
 from zk0bot.records import LinkState, NodeProgress
@@ -124,10 +126,22 @@ def test_nothing_else_passes_either_hop(
 def test_an_empty_pull_is_held_until_there_is_a_message(
     gateway: TestClient, superlink: SuperLink
 ) -> None:
-    superlink.empty_pulls = 3
+    superlink.empty_pulls = 1
+    started = time.monotonic()
     answer = gateway.post("/v1/fleet/pull-messages", content=PULL)
     assert len(PullMessagesResponse.FromString(answer.content).messages_list) == 1
-    assert len(superlink.paths) == 4
+    assert len(superlink.paths) == 2
+    assert time.monotonic() - started >= server.REASK_S
+
+
+def test_a_touch_of_the_mailbox_flag_ends_the_wait_at_once(
+    gateway: TestClient, superlink: SuperLink, tmp_path: Path
+) -> None:
+    superlink.empty_pulls = 1
+    threading.Timer(0.2, mailbox_flag(tmp_path).touch).start()
+    started = time.monotonic()
+    gateway.post("/v1/fleet/pull-messages", content=PULL)
+    assert time.monotonic() - started < server.REASK_S
 
 
 def test_an_empty_pull_ends_at_the_deadline(
