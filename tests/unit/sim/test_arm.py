@@ -60,6 +60,8 @@ def test_targets_beyond_the_limits_are_cut(arm: Arm) -> None:
     for _ in range(12):
         arm.step(HOME + np.array([400, 0, 0, 0, 0, 0]))
     assert arm.joints()[0] == pytest.approx(110, abs=1)
+    arm.step(HOME + np.array([100, 0, 0, 0, 0, 0]))  # starts from the limit, not from 400
+    assert arm.joints()[0] < 107
 
 
 def test_the_arm_pushes_the_cube_and_not_through_the_table(arm: Arm) -> None:

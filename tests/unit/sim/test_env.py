@@ -25,6 +25,17 @@ def test_the_same_seed_gives_the_same_episode() -> None:
         np.testing.assert_array_equal(one["pixels"][camera], other["pixels"][camera])
 
 
+def test_a_scene_is_the_episode_of_its_seed() -> None:
+    env = So101TouchEnv()
+    states = []
+    for scene in (SCENE, evaluation_scenes(2)[1]):
+        env.reset_to(scene)
+        states.append(env.observe()["agent_pos"])
+    env.reset(seed=SCENE.seed)
+    np.testing.assert_array_equal(env.observe()["agent_pos"], states[0])
+    assert not np.array_equal(states[0], states[1])
+
+
 def test_another_seed_gives_another_episode() -> None:
     assert not np.array_equal(observation_at(5)[0]["agent_pos"], observation_at(6)[0]["agent_pos"])
 

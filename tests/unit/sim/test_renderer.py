@@ -27,8 +27,12 @@ def reds(image: np.ndarray) -> int:
     return int(((image[..., 0] > 80) & (image[..., 1] < 40)).sum())
 
 
+def blue_pixels(image: np.ndarray) -> np.ndarray:
+    return (image[..., 2] > 80) & (image[..., 1] < 40)
+
+
 def blues(image: np.ndarray) -> int:
-    return int(((image[..., 2] > 80) & (image[..., 1] < 40)).sum())
+    return int(blue_pixels(image).sum())
 
 
 def arm_at(cube_xy: tuple[float, float], colour: int = 0) -> Arm:
@@ -53,6 +57,14 @@ def test_a_flat_body_covers_its_area(kind: str, size: str, area_m2: float) -> No
 def test_a_round_body_covers_a_disc(kind: str, size: str) -> None:
     top = draw(kind, size)
     assert reds(top) == pytest.approx(np.pi * 0.01 * 125**2, rel=0.2)
+
+
+def test_each_face_has_its_own_light() -> None:
+    aside = '<geom type="box" size="0.05 0.05 0.2" pos="0.25 0 0.2" rgba="0 0 1 1"/>'
+    blue = draw("sphere", "0.01", aside)[..., 2][blue_pixels(draw("sphere", "0.01", aside))]
+    lid, wall = blue.max(), blue.min()
+    assert lid > wall + 40  # the key light comes from above
+    assert (blue == lid).sum() == pytest.approx((0.1 * 100 / 0.6) ** 2, rel=0.15)
 
 
 def test_the_nearer_body_hides_the_farther() -> None:

@@ -1,8 +1,6 @@
 import itertools
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from zk0bot.errors import UnknownNameError
 from zk0bot.sim.tasks import (
@@ -39,13 +37,11 @@ def test_evaluation_scenes_put_each_colour_into_its_own_third() -> None:
     assert all(scene.sector == scene.task.third for scene in scenes)
 
 
-@given(
-    task=st.sampled_from(TASKS),
-    seed=st.integers(0, 10**6),
-    index=st.integers(0, SEEDS_PER_TASK - 1),
-)
-def test_training_never_meets_an_evaluation_or_tuning_seed(task, seed, index) -> None:
-    assert training_seed(task, seed=seed, index=index) not in RESERVED
+@pytest.mark.parametrize("task", TASKS)
+def test_training_never_meets_an_evaluation_or_tuning_seed(task) -> None:
+    indices = (*range(0, SEEDS_PER_TASK, 500), SEEDS_PER_TASK - 1)
+    for seed in (*range(50), 123_456):
+        assert RESERVED.isdisjoint(training_seed(task, seed=seed, index=i) for i in indices)
 
 
 def test_evaluation_and_tuning_seeds_are_all_different() -> None:
@@ -57,7 +53,7 @@ def test_every_task_seed_and_index_has_a_seed_of_its_own() -> None:
         training_seed(task, seed=seed, index=index)
         for task in TASKS
         for seed in range(4)
-        for index in (0, 1, SEEDS_PER_TASK - 1)
+        for index in range(0, SEEDS_PER_TASK, 10_000)
     ]
     assert len(set(seeds)) == len(seeds)
 
