@@ -14,6 +14,7 @@ from zk0bot.errors import RunError, Zk0Error
 from zk0bot.federation.cohort import Cohort
 from zk0bot.federation.evaluator import Evaluator
 from zk0bot.federation.output import OutputTree
+from zk0bot.federation.pace import hasten_pulls
 from zk0bot.federation.referee import Referee
 from zk0bot.federation.rounds import Federation, RunStopped
 from zk0bot.federation.run_log import RunLog
@@ -32,6 +33,7 @@ UNEXPECTED = Verdict(state="failed", reasons=["the ServerApp crashed; its log ha
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Take the run named in Flower's run configuration to its verdict."""
+    hasten_pulls()
     run_id = str(context.run_config["zk0-run"])
     paths = load_paths()
     run = Run.open(paths, run_id)

@@ -21,6 +21,7 @@ from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 from flwr.supernode.runtime.run_clientapp import run_clientapp
 
 from zk0bot.federation import client_app
+from zk0bot.federation.pace import hasten_pulls
 
 logger = logging.getLogger(__name__)
 PRELOADED = client_app.app
@@ -82,6 +83,7 @@ def main() -> None:
     superexec_loop.get_executor = (  # type: ignore[attr-defined]  # the only way in, flwr 1.41.0
         lambda *args, **kwargs: ForkingExecutor()
     )
+    hasten_pulls()
     gc.freeze()
     flower_superexec()
 

@@ -174,9 +174,9 @@ def client_session(
             "zk0bot.gateway.egress",
             *("--dir", str(service_dir), "--port", str(egress_port), "--upstream", config.server),
         ),
-        build.flower(
+        build.ours(
             "supernode",
-            "flower-supernode",
+            "zk0bot.federation.supernode",
             *("--insecure", "--superlink", f"127.0.0.1:{egress_port}", "--isolation", "process"),
             *("--host", "127.0.0.1", "--port", str(runtime_port)),
         ),

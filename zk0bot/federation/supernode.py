@@ -1,0 +1,33 @@
+"""Flower's SuperNode with shorter waits; same flags as ``flower-supernode``."""
+
+import time
+from types import SimpleNamespace
+
+from flwr.supernode import start_client_internal
+from flwr.supernode.cli import flower_supernode
+
+from zk0bot.federation.pace import hasten_pulls
+
+LONGEST_NAP_S = 0.1
+
+
+def hasten_supernode() -> None:
+    """Let the SuperNode nap 0.1 s where it sleeps 3 s after an empty pull or 0.5 s for a reply.
+
+    The gateway holds an empty pull anyway, so this does not ask more often. Hard-coded in
+    flwr.supernode.start_client_internal of 1.41.0.
+    """
+    module = vars(start_client_internal)
+    assert module["time"] is time
+    module["time"] = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, LONGEST_NAP_S)))
+
+
+def main() -> None:
+    """Run the SuperNode until SIGTERM."""
+    hasten_supernode()
+    hasten_pulls()
+    flower_supernode()
+
+
+if __name__ == "__main__":
+    main()
