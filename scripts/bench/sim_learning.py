@@ -5,12 +5,10 @@ One process, no Flower: the federation is three models trained in turn and an ou
     python scripts/bench/sim_learning.py MODE [--seed 0] [--rounds 20] [--local 20] [--sector wide]
         [--scenes 40] [--raw-frames] [--tuning] [--cache DIR]
 
-MODE is ``central``, ``federated`` or ``alone``. Prints one line of JSON.
+MODE is ``central``, ``federated``, ``alone`` or ``baseline`` (mean trajectories). Prints one line of JSON.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import sys
 import time
@@ -21,22 +19,14 @@ import av
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.policies import make_pre_post_processors
-from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
-from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    PreTrainedTokenizerFast,
-    SmolVLMConfig,
-    SmolVLMImageProcessor,
-    SmolVLMProcessor,
-    SmolVLMVideoProcessor,
-)
 
+from zk0bot.config.models import PolicyConfig
+from zk0bot.config.paths import Paths
 from zk0bot.sim.dataset import ensure_sim_dataset, expert_episodes, parse_sim_uri
 from zk0bot.sim.rollout import mean_trajectory_actor, rollout
 from zk0bot.sim.tasks import TASKS, Task, evaluation_scenes, tuning_scenes
+from zk0bot.training.policy import build_policy, encode_tasks
+from zk0bot.training.protocol import PolicySpec
 
 CHUNK, BATCH, WARMUP, LR = 20, 32, 50, 2e-3
 Stats = dict[str, dict[str, torch.Tensor]]
@@ -80,9 +70,7 @@ def main() -> None:
                  per_task=per_task)  # fmt: skip
         return
     pooled = statistics(owners)
-    torch.manual_seed(asked.seed)
-    with contextlib.redirect_stdout(io.StringIO()):
-        policy = SmolVLAPolicy(policy_config(asked.cache))
+    policy = build_policy(PolicySpec(policy=PolicyConfig(), seed=asked.seed), Paths(asked.cache))
     if asked.mode == "federated":
         loss = federate(policy, owners, pooled, asked)
     else:
@@ -222,28 +210,13 @@ def batch(policy, data: Owner, chosen: torch.Tensor, stats: Stats) -> dict[str, 
 
 
 def observation(policy, images, states, tasks, stats: Stats) -> dict[str, torch.Tensor]:
-    tokens, mask = instruction_tokens(policy)
+    tokens, mask = encode_tasks(policy, [task.instruction for task in TASKS])
     return {
         "observation.images.front": images.float() / 255,
         "observation.state": (states - stats["state"]["mean"]) / stats["state"]["std"],
         "observation.language.tokens": tokens[tasks],
         "observation.language.attention_mask": mask[tasks],
     }
-
-
-def instruction_tokens(policy):
-    if not hasattr(policy, "bench_tokens"):
-        pre, _ = make_pre_post_processors(policy.config, dataset_stats=None)
-        made = pre({
-            "observation.state": torch.zeros(3, 6),
-            "observation.images.front": torch.zeros(3, 3, 64, 64),
-            "task": [task.instruction for task in TASKS],
-        })  # fmt: skip
-        policy.bench_tokens = (
-            made["observation.language.tokens"],
-            made["observation.language.attention_mask"].bool(),
-        )
-    return policy.bench_tokens
 
 
 def policy_actor(policy, stats: Stats):
@@ -263,71 +236,6 @@ def policy_actor(policy, stats: Stats):
         return (chunk * stats["action"]["std"] + stats["action"]["mean"]).numpy()
 
     return act
-
-
-def policy_config(cache: Path) -> SmolVLAConfig:
-    folder = cache / "vlm"
-    if not folder.exists():
-        make_vlm(folder)
-    return SmolVLAConfig(
-        input_features={
-            "observation.state": PolicyFeature(FeatureType.STATE, (6,)),
-            "observation.images.front": PolicyFeature(FeatureType.VISUAL, (3, 64, 64)),
-        },
-        output_features={"action": PolicyFeature(FeatureType.ACTION, (6,))},
-        vlm_model_name=str(folder), load_vlm_weights=False, num_vlm_layers=2,
-        resize_imgs_with_padding=(64, 64), chunk_size=CHUNK, n_action_steps=10, num_steps=10,
-        max_state_dim=6, max_action_dim=6, freeze_vision_encoder=False, train_expert_only=False,
-        expert_width_multiplier=0.75, self_attn_every_n_layers=2, device="cpu", push_to_hub=False,
-    )  # fmt: skip
-
-
-def make_vlm(folder: Path) -> None:
-    """The tiny preset's SmolVLM: byte tokens, one image token, weights drawn with 0.1."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<end_of_utterance>",
-        pad_token="<|im_end|>", unk_token="<|endoftext|>", model_max_length=8192,
-        padding_side="right",
-        extra_special_tokens={
-            "fake_image_token": "<fake_token_around_image>", "image_token": "<image>",
-            "global_image_token": "<global-img>",
-        },
-    )  # fmt: skip
-    small = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 2,
-        "initializer_range": 0.1,
-    }
-    config = SmolVLMConfig(
-        text_config=small | {
-            "model_type": "llama", "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 32,
-            "vocab_size": len(fast), "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
-            "rope_theta": 100000.0,
-        },
-        vision_config=small | {
-            "model_type": "smolvlm_vision", "num_hidden_layers": 1,
-            "image_size": 64, "patch_size": 16,
-        },
-        scale_factor=4, image_token_id=fast.convert_tokens_to_ids("<image>"),
-        pad_token_id=fast.pad_token_id, tie_word_embeddings=False,
-    )  # fmt: skip
-    config.initializer_range = 0.1
-    config.architectures = ["SmolVLMForConditionalGeneration"]
-    edge = {"longest_edge": 64}
-    building = folder.with_suffix(".building")
-    config.save_pretrained(building)
-    SmolVLMProcessor(
-        image_processor=SmolVLMImageProcessor(size=edge, max_image_size=edge),
-        tokenizer=fast,
-        video_processor=SmolVLMVideoProcessor(size=edge, max_image_size=edge),
-        image_seq_len=1,
-    ).save_pretrained(building)
-    building.rename(folder)
 
 
 if __name__ == "__main__":
