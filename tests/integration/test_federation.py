@@ -1,0 +1,211 @@
+"""The whole path through the commands: real tmux, real Flower processes, the tiny SmolVLA."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.integration
+
+ZK0BOT = str(Path(sys.executable).parent / "zk0bot")
+EPISODES = 14
+QUICK = ("eval-frequency=1", "local-steps=3", "batch-size=8", "checkpoint-interval=0")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A private state root, and the commands on it."""
+
+    home: Path
+    env: dict[str, str]
+    port: int
+
+    def zk0bot(self, *arguments: str, timeout_s: float = 240) -> tuple[int, Any]:
+        """Exit status and JSON document of ``zk0bot ARGUMENTS --json``."""
+        done = subprocess.run(
+            [ZK0BOT, *arguments, "--json"],
+            cwd=self.home,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        assert done.stdout, done.stderr
+        return done.returncode, json.loads(done.stdout)
+
+    def run(self, *settings: str, rounds: int = 2) -> tuple[int, Any]:
+        pairs = [part for pair in (*QUICK, *settings) for part in ("--set", pair)]
+        return self.zk0bot("run", "--rounds", str(rounds), *pairs)
+
+    def start_run(self, *settings: str, rounds: int = 2) -> str:
+        """Submit a run without watching it; its id."""
+        pairs = [part for pair in (*QUICK, *settings) for part in ("--set", pair)]
+        status, record = self.zk0bot("run", "--no-stream", "--rounds", str(rounds), *pairs)
+        assert status == 0, record
+        return str(record["run_id"])
+
+    def record(self, run_id: str) -> Any:
+        return json.loads((self.root / "server/runs" / run_id / "run.json").read_text())
+
+    def wait_for(self, run_id: str, reached: Callable[[Any], bool], timeout_s: float = 120) -> Any:
+        """The run's record as soon as ``reached`` says so."""
+        deadline = time.monotonic() + timeout_s
+        while not reached(record := self.record(run_id)):
+            assert time.monotonic() < deadline, record
+            time.sleep(0.1)
+        return record
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes that belong to this state root."""
+        return [p for p in psutil.process_iter() if str(self.home) in _environment(p)]
+
+    @property
+    def root(self) -> Path:
+        return Path(self.env["ZK0BOT_HOME"])
+
+    def pid(self, client: str, process: str) -> int:
+        _, status = self.zk0bot("client", "status", client)
+        services = status.get("services") or status["processes"]
+        return next(int(entry["pid"]) for entry in services if entry["name"] == process)
+
+
+def _environment(process: psutil.Process) -> str:
+    try:
+        return process.environ().get("ZK0BOT_HOME", "")
+    except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    """A server and two clients with 14 simulated episodes each; all gone afterwards."""
+    home = Path(tempfile.mkdtemp(prefix="zk0-", dir="/tmp"))
+    port, superlink_port = 19492, 19491
+    env = {
+        **os.environ,
+        "HOME": str(home),
+        "ZK0BOT_HOME": str(home / "z"),
+        "ZK0BOT_PORT": str(port),
+        "ZK0BOT_SUPERLINK_PORT": str(superlink_port),
+    }
+    machine = Machine(home=home, env=env, port=port)
+    try:
+        status, answer = machine.zk0bot("server", "start")
+        assert status == 0, answer
+        for seed, colour in enumerate(("red", "green")):
+            status, answer = machine.zk0bot(
+                *("client", "start", f"sim:touch-{colour}?episodes={EPISODES}&seed={seed}"),
+                *("--server", f"127.0.0.1:{port}", "--name", colour),
+            )
+            assert status == 0, answer
+        yield machine
+    finally:
+        for arguments in (("client", "stop", "red"), ("client", "stop", "green")):
+            machine.zk0bot(*arguments)
+        machine.zk0bot("server", "stop")
+        left = machine.processes()
+        shutil.rmtree(home, ignore_errors=True)
+    assert left == []
+
+
+def test_a_run_trains_evaluates_and_saves(machine: Machine) -> None:
+    status, record = machine.run(rounds=3)
+    assert (status, record["state"]) == (0, "completed"), record
+    output = Path(record["output_dir"])
+    metrics = json.loads((output / "server/federated_metrics.json").read_text())
+    assert [(entry["round"], entry["num_clients"]) for entry in metrics] == [(1, 2), (2, 2), (3, 2)]
+    losses = json.loads((output / "server/policy_loss_history.json").read_text())
+    assert list(losses) == ["0", "1", "2", "3"]
+    assert losses["3"]["server_policy_loss"] < losses["0"]["server_policy_loss"]
+    for colour in ("red", "green"):
+        entry = json.loads((output / f"clients/{colour}/round_3.json").read_text())
+        assert entry["num_steps"] == 3 and entry["param_update_norm"] > 0
+    assert (output / "models/checkpoint_round_3/model.safetensors").exists()
+    assert (output / "server/eval_policy_loss_chart.png").read_bytes().startswith(b"\x89PNG")
+    assert record["bytes_up"] == 3 * 2 * (record["bytes_down"] / 6) > 7_000_000
+
+
+def test_the_same_seed_gives_the_same_weights(machine: Machine) -> None:
+    weights = []
+    for _ in range(2):
+        _, record = machine.run("seed=5")
+        folder = Path(record["output_dir"]) / "models/checkpoint_round_2"
+        weights.append(load_file(folder / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    for name in weights[0]:
+        np.testing.assert_array_equal(weights[0][name], weights[1][name])
+
+
+def test_no_name_path_or_task_of_an_owner_reaches_the_server(machine: Machine) -> None:
+    machine.run()
+    canaries = [b"Touch the red cube", b"touch-red", b"clients/red/", b"sim:"]
+    server_dir = machine.root / "server"
+    written = [p for p in server_dir.rglob("*") if p.is_file() and "logs" not in p.parts]
+    assert written
+    for path in written:
+        content = path.read_bytes()
+        for canary in canaries:
+            assert canary not in content, (path, canary)
+
+
+def test_too_few_clients_is_a_deadline_with_a_message(machine: Machine) -> None:
+    status, record = machine.run("min-fit-clients=3", "wait-deadline-s=4")
+    assert (status, record["state"]) == (4, "failed")
+    assert "2 of 3 clients are ready, after 4 s" in record["verdict"]["reasons"][0]
+
+
+def test_a_stopped_run_says_so_and_the_next_one_works(machine: Machine) -> None:
+    run_id = machine.start_run(rounds=50)
+    machine.wait_for(run_id, lambda record: record["rounds_done"] >= 1)
+    status, _ = machine.zk0bot("stop")
+    assert status == 0
+    assert machine.wait_for(run_id, lambda r: r["state"] == "stopped")["rounds_done"] < 50
+    status, record = machine.run(rounds=1)
+    assert (status, record["state"]) == (0, "completed"), record
+
+
+def test_a_killed_trainer_costs_one_update_and_comes_back(machine: Machine) -> None:
+    run_id = machine.start_run("min-fit-clients=1", "local-steps=40", rounds=12)
+    machine.wait_for(run_id, lambda record: record["rounds_done"] >= 1)
+    os.kill(machine.pid("green", "trainer"), signal.SIGKILL)
+    record = machine.wait_for(run_id, lambda r: r["state"].startswith(("completed", "failed")), 240)
+    assert record["state"] == "completed-with-warnings", record
+    assert any("green" in reason for reason in record["verdict"]["reasons"])
+    metrics = Path(record["output_dir"]) / "server/federated_metrics.json"
+    counts = [entry["num_clients"] for entry in json.loads(metrics.read_text())]
+    assert 1 in counts and counts[-1] == 2, counts
+
+
+def test_a_killed_gateway_is_restarted_and_the_run_goes_on(machine: Machine) -> None:
+    run_id = machine.start_run(rounds=6)
+    machine.wait_for(run_id, lambda record: record["rounds_done"] >= 1)
+    _, status = machine.zk0bot("server", "status")
+    services = status.get("services") or status["processes"]
+    os.kill(next(s["pid"] for s in services if s["name"] == "gateway"), signal.SIGKILL)
+    record = machine.wait_for(run_id, lambda r: r["state"].startswith(("completed", "failed")), 240)
+    assert record["state"] == "completed", record
+
+
+@pytest.mark.parametrize("rounds", ["0", "-1", "abc"])
+def test_impossible_rounds_are_a_usage_error(machine: Machine, rounds: str) -> None:
+    status, answer = machine.zk0bot("run", "--rounds", rounds)
+    assert status == 2 and answer["error"]["message"]
+
+
+def test_an_unknown_key_offers_the_nearest(machine: Machine) -> None:
+    status, answer = machine.zk0bot("run", "--set", "local-stepz=3")
+    assert status == 2 and "local-steps" in answer["error"]["hint"]
