@@ -5,7 +5,8 @@ One process, no Flower: the federation is three models trained in turn and an ou
     python scripts/bench/sim_learning.py MODE [--seed 0] [--rounds 20] [--local 20] [--sector wide]
         [--scenes 40] [--raw-frames] [--tuning] [--cache DIR]
 
-MODE is ``central``, ``federated``, ``alone`` or ``baseline`` (mean trajectories). Prints one line of JSON.
+MODE is ``central``, ``federated``, ``alone`` or ``baseline`` (mean trajectories). Prints a line of
+JSON per model.
 """
 
 import argparse
