@@ -49,6 +49,7 @@ def _opened(path: Path) -> av.container.InputContainer:
     if not container.streams.video:
         container.close()
         raise DataError(f"video {path} holds no pictures", hint=MEND)
+    container.streams.video[0].thread_type = "NONE"
     return container
 
 
@@ -81,7 +82,6 @@ def _decode_from(
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """(number, frame) from ``first`` on."""
     stream = container.streams.video[0]
-    stream.thread_type = "NONE"
     if stream.time_base is None:
         raise DataError(f"video {path} has no time base", hint=MEND)
     try:

@@ -1,0 +1,93 @@
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+from zk0bot.training.data import Dataset
+from zk0bot.training.evaluation import (
+    mean_loss,
+    policy_actor,
+    run_rollout,
+    stratified_frames,
+)
+from zk0bot.training.processing import Feed
+from zk0bot.training.protocol import RolloutRequest
+
+
+def test_frames_are_spread_over_all_episodes() -> None:
+    episodes = np.repeat(np.arange(5), [20, 20, 20, 20, 40])
+    frames = np.flatnonzero(episodes > 0)
+    chosen = stratified_frames(episodes, frames, 10)
+    assert np.unique(episodes[chosen], return_counts=True)[1].tolist() == [3, 3, 2, 2]
+    assert set(chosen) <= set(frames)
+    assert {20, 39, 80, 119} <= set(chosen)  # first and last of an episode
+    assert stratified_frames(episodes, frames, 3).tolist() == [20, 40, 60]
+
+
+def test_no_limit_means_all_frames() -> None:
+    episodes, frames = np.zeros(6, dtype=np.int64), np.arange(6)
+    for limit in (0, 6, 9):
+        assert stratified_frames(episodes, frames, limit).tolist() == list(range(6))
+
+
+def test_held_out_loss_does_not_depend_on_chance(tiny: SmolVLAPolicy, dataset: Dataset) -> None:
+    feed = Feed(dataset, tiny, dataset.statistics)
+    torch.manual_seed(1)
+    first = mean_loss(tiny, feed, dataset.heldout)
+    torch.manual_seed(2)
+    assert mean_loss(tiny, feed, dataset.heldout) == first
+    assert first > 0.5  # an untrained policy
+
+
+@pytest.mark.slow
+def test_rollout_counts_by_sector_and_films(
+    tiny: SmolVLAPolicy, dataset: Dataset, tmp_path: Path
+) -> None:
+    request = RolloutRequest(
+        scenes_per_sector=2, first_seed=700_000, videos=1, video_dir=str(tmp_path)
+    )
+    sectors, films = run_rollout(
+        policy_actor(tiny, dataset.statistics),
+        request,
+        cameras=("front",),
+        image_size=64,
+        n_action_steps=10,
+        policy_loss=1.5,
+    )
+    assert [(s.sector, s.episodes) for s in sectors] == [("left", 2), ("middle", 2), ("right", 2)]
+    assert [film.parent.name for film in films] == ["client_0", "client_1", "client_2"]
+    for film in films:
+        entry = json.loads(film.with_suffix(".json").read_text())
+        assert {"success", "duration", "policy_loss"} <= entry.keys()
+        assert entry["policy_loss"] == 1.5
+        with av.open(str(film)) as container:
+            frames = sum(1 for _ in container.decode(video=0))
+        assert frames == round(entry["duration"] * 10) + 1
+
+
+def test_a_policy_acts_the_same_in_the_same_scene(tiny: SmolVLAPolicy, dataset: Dataset) -> None:
+    act = policy_actor(tiny, dataset.statistics)
+    pictures = {"front": np.zeros((3, 64, 64, 3), dtype=np.uint8)}
+    states = dataset.recording.states_NS[:3]
+    texts = ["Touch the red cube."] * 3
+    whole = act(pictures, states, texts, 10, np.array([0, 4, 9]))
+    part = act({"front": pictures["front"][1:]}, states[1:], texts[1:], 10, np.array([4, 9]))
+    assert whole.shape == (3, 20, 6)
+    np.testing.assert_allclose(whole[1:], part, rtol=0, atol=1e-3)
+    lower, upper = dataset.recording.actions_NA.min(0), dataset.recording.actions_NA.max(0)
+    assert np.all(whole > lower - 400) and np.all(whole < upper + 400)
+
+
+@pytest.mark.parametrize("step", [0, 10])
+def test_noise_changes_with_scene_and_step(
+    step: int, tiny: SmolVLAPolicy, dataset: Dataset
+) -> None:
+    act = policy_actor(tiny, dataset.statistics)
+    pictures = {"front": np.zeros((2, 64, 64, 3), dtype=np.uint8)}
+    states = np.repeat(dataset.recording.states_NS[:1], 2, axis=0)
+    one, two = act(pictures, states, ["Touch the red cube."] * 2, step, np.array([0, 1]))
+    assert np.abs(one - two).max() > 1e-3

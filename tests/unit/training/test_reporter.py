@@ -1,0 +1,88 @@
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from zk0bot.config.paths import node_progress, trainer_state
+from zk0bot.files import read_record
+from zk0bot.records import NodeProgress, TrainerState
+from zk0bot.training.exchange import GRACE_S, Exchange
+from zk0bot.training.protocol import Failure
+from zk0bot.training.reporter import Reporter
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_progress_is_written_four_times_a_second(tmp_path: Path) -> None:
+    clock, asked = Clock(), []
+    reporter = Reporter(tmp_path, clock)
+    reporter.begin_order("training", run_id="7", round_=2, steps=100)
+
+    def loss() -> float:
+        asked.append(clock.now)
+        return 0.5
+
+    for step in range(100):
+        clock.now += 0.02
+        reporter.step(step, loss)
+    assert 7 <= len(asked) <= 8  # two seconds; each value of a loss waits for the device
+    progress = read_record(node_progress(tmp_path), NodeProgress)
+    assert (progress.run_id, progress.round, progress.steps) == ("7", 2, 100)
+    assert progress.phase == "training" and progress.loss == 0.5
+    reporter.end_order()
+    assert read_record(node_progress(tmp_path), NodeProgress) == NodeProgress(phase="ready")
+
+
+def test_failure_is_kept_with_its_hint(tmp_path: Path) -> None:
+    reporter = Reporter(tmp_path)
+    reporter.set_failed(Failure(code="bad_data", message="torn", hint="mend it"))
+    state = read_record(trainer_state(tmp_path), TrainerState)
+    assert (state.state, state.error_code, state.error_hint) == ("failed", "bad_data", "mend it")
+    assert state.pid == os.getpid()
+    assert read_record(node_progress(tmp_path), NodeProgress).phase == "failed"
+
+
+def test_loading_shows_its_last_step(tmp_path: Path) -> None:
+    reporter = Reporter(tmp_path, Clock())
+    for done in range(4):
+        reporter.set_loading("making data", done, 3)
+    state = read_record(trainer_state(tmp_path), TrainerState)
+    assert (state.detail, state.done, state.total) == ("making data", 3, 3)
+
+
+def test_exchange_is_private_and_keeps_what_is_needed(tmp_path: Path) -> None:
+    exchange = Exchange(tmp_path)
+    folder = tmp_path / "exchange"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    old, new = (exchange.write("update", {"x": torch.zeros(1)}) for _ in range(2))
+    received, waiting = folder / "received.safetensors", folder / "waiting.safetensors"
+    for path in (received, waiting):
+        path.write_bytes(b"x")
+    long_ago = time.time() - GRACE_S - 1
+    young = exchange.write("init", {"x": torch.zeros(1)})
+    for path in (old, new, received, waiting):
+        os.utime(path, (long_ago, long_ago))
+    exchange.sweep({str(waiting)})
+    assert set(folder.iterdir()) == {new, waiting, young}
+    assert young.stat().st_mode & 0o777 == 0o600
+
+
+def test_exchange_never_gives_a_name_twice(tmp_path: Path) -> None:
+    exchange = Exchange(tmp_path)
+    names = {exchange.write("update", {"x": torch.zeros(1)}) for _ in range(5)}
+    assert len(names) == 5
+
+
+@pytest.mark.parametrize("state", ["ready", "working"])
+def test_state_is_written_at_once(tmp_path: Path, state: str) -> None:
+    reporter = Reporter(tmp_path, Clock())
+    reporter.set_state("ready" if state == "ready" else "working")
+    assert read_record(trainer_state(tmp_path), TrainerState).state == state
