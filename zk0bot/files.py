@@ -69,6 +69,28 @@ def read_record[R: BaseModel](path: Path, kind: type[R]) -> R:
         raise DataError(f"{path} does not hold a {kind.__name__}: {error}") from error
 
 
+class Flag:
+    """A file whose touches another process notices: cheaper than asking it over and over."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen = self._touched_at()
+
+    def raise_(self) -> None:
+        """Touch the file."""
+        self._path.touch()
+
+    def was_raised(self) -> bool:
+        """Whether the file was touched since the last time this was asked."""
+        seen, self._seen = self._seen, self._touched_at()
+        return self._seen != seen
+
+    def _touched_at(self) -> int:
+        with suppress(FileNotFoundError):
+            return self._path.stat().st_mtime_ns
+        return 0
+
+
 def private_dir(path: Path) -> Path:
     """Create ``path`` (and parents) if needed, readable by its owner only, and return it."""
     path.mkdir(parents=True, exist_ok=True)

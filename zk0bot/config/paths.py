@@ -97,9 +97,19 @@ def node_progress(private_dir: Path) -> Path:
     return private_dir / "progress.json"
 
 
-def mailbox_flag(progress_dir: Path) -> Path:
-    """A file that the ServerApp touches after it has sent orders; the gateway watches it."""
-    return progress_dir / "mailbox"
+def orders_flag(progress_dir: Path) -> Path:
+    """A file that the ServerApp touches after it has sent an order; the gateway watches it."""
+    return progress_dir / "orders"
+
+
+def reply_flag(progress_dir: Path, node_id: str) -> Path:
+    """A file that the gateway touches when a node has uploaded; the ServerApp watches it."""
+    return progress_dir / f"{node_id}.reply"
+
+
+def order_flag(client_dir: Path) -> Path:
+    """A file that the egress hop touches when an order has come; the SuperExec watches it."""
+    return client_dir / "order"
 
 
 def link_state(client_dir: Path) -> Path:

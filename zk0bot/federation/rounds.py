@@ -44,7 +44,8 @@ from zk0bot.training.statistics import pool_statistics
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.2
+POLL_S = 0.05
+"""Between looks at flags and progress files; asking the SuperLink is far rarer."""
 
 
 class RunStopped(RunError):

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from zk0bot.config.load import load_paths
 from zk0bot.config.models import RunConfig
-from zk0bot.config.paths import Paths, mailbox_flag
+from zk0bot.config.paths import Paths
 from zk0bot.errors import RunError, Zk0Error
 from zk0bot.federation.cohort import Cohort
 from zk0bot.federation.evaluator import Evaluator
@@ -91,7 +91,7 @@ class Run:
         initial, weights = evaluator.initial_weights()
         return Federation(
             config=self.config,
-            courier=Courier(grid, mailbox_flag(self.paths.progress_dir)),
+            courier=Courier(grid, self.paths.progress_dir),
             cohort=Cohort(config=self.config, spec=spec, base_hash=initial.base_hash),
             referee=Referee(config=self.config, evaluator=evaluator, output=output, log=self.log),
             log=self.log,

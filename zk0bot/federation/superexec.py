@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,10 +21,16 @@ from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExec
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 from flwr.supernode.runtime.run_clientapp import run_clientapp
 
+from zk0bot.config.load import load_client_dir
+from zk0bot.config.paths import order_flag
 from zk0bot.federation import client_app
 from zk0bot.federation.pace import hasten_pulls
+from zk0bot.files import Flag
 
 logger = logging.getLogger(__name__)
+FLAG_POLL_S = 0.02
+EAGER_S = 3.0
+EAGER_NAP_S = 0.05
 PRELOADED = client_app.app
 """Imported here so that every fork has it."""
 
@@ -52,6 +59,29 @@ class ForkingExecutor(SubprocessExecutor):
                 self._children.discard(pid)
                 if code := os.waitstatus_to_exitcode(status):
                     logger.warning("ClientApp process %d ended with status %d", pid, code)
+
+
+class TaskWait:
+    """How long the SuperExec sleeps between two questions for a task.
+
+    Each question costs SuperNode and SuperExec milliseconds of CPU. An order that comes through the
+    egress hop raises a flag; the task follows when its tensors are there.
+    """
+
+    def __init__(self, flag: Flag) -> None:
+        self._flag = flag
+        self._raised_at = -EAGER_S
+
+    def sleep(self, seconds: float) -> None:
+        """Until the flag is raised, or ``seconds``; briefly while an order is coming in."""
+        end = time.monotonic() + seconds
+        while (moment := time.monotonic()) < end:
+            if self._flag.was_raised():
+                self._raised_at = moment
+            if moment - self._raised_at < EAGER_S:
+                time.sleep(EAGER_NAP_S)
+                return
+            time.sleep(FLAG_POLL_S)
 
 
 def _become_clientapp(spec: ExecutionSpec) -> NoReturn:
@@ -84,6 +114,7 @@ def main() -> None:
         lambda *args, **kwargs: ForkingExecutor()
     )
     hasten_pulls()
+    vars(superexec_loop)["time"] = TaskWait(Flag(order_flag(load_client_dir())))
     gc.freeze()
     flower_superexec()
 

@@ -1,7 +1,8 @@
 """Orders out and replies in, over Flower's Grid: one message per push, one reply at a time."""
 
 import logging
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
+from zk0bot.config.paths import orders_flag, reply_flag
 from zk0bot.federation.messages import pack, unpack_failure
+from zk0bot.files import Flag
 from zk0bot.training.protocol import Message
 
 logger = logging.getLogger(__name__)
 
+ASK_ANYWAY_S = 2.0
 FLOWER_FAILURES = {
     2: "its ClientApp raised an exception",
     5: "it went offline",
@@ -23,6 +27,15 @@ FLOWER_FAILURES = {
     8: "its ClientApp process died",
 }
 """Flower's error codes in a node's place, in words (flwr.common.constant.ErrorCode)."""
+
+
+@dataclass
+class Debt:
+    """An order whose reply has not come."""
+
+    message_id: str
+    flag: Flag
+    asked_at: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +50,15 @@ class Reply:
 class Courier:
     """Sends at most one order to a node at a time: a node that owes a reply gets no other."""
 
-    def __init__(self, grid: Grid, flag: Path) -> None:
-        """``flag`` is touched after each order, so that the gateway hands it out at once."""
+    def __init__(
+        self, grid: Grid, flags_dir: Path, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """In ``flags_dir`` gateway and Courier tell each other of orders and replies."""
         self._grid = grid
-        self._flag = flag
-        self._owed: dict[int, str] = {}
+        self._flags_dir = flags_dir
+        self._orders = Flag(orders_flag(flags_dir))
+        self._clock = clock
+        self._owed: dict[int, Debt] = {}
 
     def nodes(self) -> list[int]:
         """Nodes online now, in ascending order."""
@@ -72,14 +89,23 @@ class Courier:
             return "the order could not be sent"
         if not message_id:
             return "the SuperLink refused the order"
-        self._owed[node_id] = message_id
-        self._flag.touch()
+        flag = Flag(reply_flag(self._flags_dir, str(node_id)))
+        self._owed[node_id] = Debt(message_id, flag, self._clock())
+        self._orders.raise_()
         return ""
 
     def poll(self, node_ids: Iterable[int]) -> Iterator[Reply]:
-        """Replies that have arrived from these nodes; each is pulled when it is asked for."""
+        """Replies that have arrived from these nodes; each is pulled when it is asked for.
+
+        A node is asked about when its flag says that it replied, and now and then anyway: it may
+        have vanished, which only the SuperLink knows.
+        """
         for node_id in [n for n in node_ids if n in self._owed]:
-            for message in self._grid.pull_messages([self._owed[node_id]]):
+            debt = self._owed[node_id]
+            if not (debt.flag.was_raised() or self._clock() - debt.asked_at > ASK_ANYWAY_S):
+                continue
+            debt.asked_at = self._clock()
+            for message in self._grid.pull_messages([debt.message_id]):
                 del self._owed[node_id]
                 yield _read(node_id, message)
 
@@ -91,7 +117,7 @@ class Courier:
         wanted, present = set(keep), set(online)
         for reply in self.poll([n for n in self._owed if n not in wanted]):
             logger.info("node %s: a late reply was dropped", reply.node_id)
-        self._owed = {n: message for n, message in self._owed.items() if n in present}
+        self._owed = {n: debt for n, debt in self._owed.items() if n in present}
 
 
 def _read(node_id: int, message: FlowerMessage) -> Reply:

@@ -20,9 +20,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from zk0bot.config.paths import link_state, node_progress
+from zk0bot.config.paths import link_state, node_progress, order_flag
 from zk0bot.errors import DataError
-from zk0bot.files import read_record, write_json
+from zk0bot.files import Flag, read_record, write_json
 from zk0bot.gateway.forward import (
     FLEET_OPERATIONS,
     answer_with,
@@ -48,6 +48,7 @@ class Egress:
         self._written: LinkState | None = None
         self._reported: NodeProgress | None = None
         self._greeted_at = -GREET_S
+        self._order_flag = Flag(order_flag(client_dir))
 
     async def fleet(self, request: Request) -> Response:
         """Forward one fleet operation; 404 for anything else."""
@@ -58,7 +59,10 @@ class Egress:
         if operation == "activate-node":
             return await self._activate(request)
         answer = await forward(self._client, request)
-        self._note_answer(answer.status_code, _length(answer.headers))
+        length = _length(answer.headers)
+        self._note_answer(answer.status_code, length)
+        if operation == "pull-messages" and answer.status_code == 200 and length:
+            self._order_flag.raise_()
         return answer
 
     async def keep_state(self) -> None:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import httpx
-from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest
 from google.protobuf.message import DecodeError
 from pydantic import Field, ValidationError
 from starlette.applications import Starlette
@@ -21,8 +21,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from zk0bot.config.paths import mailbox_flag
-from zk0bot.files import write_json
+from zk0bot.config.paths import orders_flag, reply_flag
+from zk0bot.files import Flag, write_json
 from zk0bot.gateway.forward import (
     FLEET_OPERATIONS,
     LONG_POLL_S,
@@ -35,11 +35,13 @@ from zk0bot.gateway.forward import (
 from zk0bot.records import GatewayHealth, NodeProgress, Record
 from zk0bot.version import __version__
 
-REASK_S = 1.0
-"""An empty pull is asked again this often, and whenever the mailbox flag is raised."""
+REASK_S = 2.0
+"""An empty pull is asked again this often, and whenever orders are sent."""
 FLAG_POLL_S = 0.02
 MAX_PROGRESS_BYTES = 4096
 MAX_PULL_BYTES = 65536
+MAX_PUSH_BYTES = 2**20
+"""A reply without its tensors: metadata and the ids of its pieces."""
 
 
 class ProgressReport(Record):
@@ -49,41 +51,34 @@ class ProgressReport(Record):
     progress: NodeProgress
 
 
-class MailboxFlag:
-    """Wakes the held pulls when the ServerApp touches a file (``paths.mailbox_flag``)."""
+class Bell:
+    """Wakes the held pulls when the ServerApp raises a flag."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._raised = asyncio.Event()
+    def __init__(self, flag: Flag) -> None:
+        self._flag = flag
+        self._rung = asyncio.Event()
 
     async def watch(self) -> None:
-        """Notice each touch within FLAG_POLL_S, until cancelled."""
-        seen = self._touched_at()
+        """Notice the flag within FLAG_POLL_S, until cancelled."""
         while True:
             await asyncio.sleep(FLAG_POLL_S)
-            if (touched := self._touched_at()) != seen:
-                seen = touched
-                self._raised.set()
-                self._raised = asyncio.Event()
+            if self._flag.was_raised():
+                self._rung.set()
+                self._rung = asyncio.Event()
 
     async def wait(self, timeout_s: float) -> None:
         """Return when the flag is raised, or after ``timeout_s``."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._raised.wait(), timeout_s)
-
-    def _touched_at(self) -> int:
-        with suppress(FileNotFoundError):
-            return self._path.stat().st_mtime_ns
-        return 0
+            await asyncio.wait_for(self._rung.wait(), timeout_s)
 
 
 class Gateway:
     """Handlers over one upstream client; remembers which nodes have asked for messages."""
 
-    def __init__(self, client: httpx.AsyncClient, progress_dir: Path, flag: MailboxFlag) -> None:
+    def __init__(self, client: httpx.AsyncClient, progress_dir: Path, bell: Bell) -> None:
         self._client = client
         self._progress_dir = progress_dir
-        self._flag = flag
+        self._bell = bell
         self._nodes: set[str] = set()
 
     async def fleet(self, request: Request) -> Response:
@@ -93,6 +88,8 @@ class Gateway:
             return Response(status_code=404)
         if operation == "pull-messages":
             return await self._pull(request)
+        if operation == "push-messages":
+            return await self._push(request)
         return await forward(self._client, request)
 
     async def health(self, request: Request) -> Response:
@@ -120,6 +117,20 @@ class Gateway:
         write_json(self._progress_dir / f"{report.node_id}.json", report.progress)
         return Response(status_code=204)
 
+    async def _push(self, request: Request) -> Response:
+        """Forward a reply's head, and tell the ServerApp whose it is: the tensors follow."""
+        body = await _read_at_most(request, MAX_PUSH_BYTES)
+        if body is None:
+            return Response(status_code=413)
+        try:
+            answer = await forward_bytes(self._client, request, body)
+        except httpx.TransportError:
+            return Response(status_code=502)
+        if answer.status_code == 200:
+            node_id = str(PushMessagesRequest.FromString(body).node.node_id)
+            Flag(reply_flag(self._progress_dir, node_id)).raise_()
+        return answer_with(answer)
+
     async def _pull(self, request: Request) -> Response:
         body = await _read_at_most(request, MAX_PULL_BYTES)
         if body is None:
@@ -132,7 +143,7 @@ class Gateway:
             while _is_empty(answer) and time.monotonic() < deadline:
                 if await request.is_disconnected():
                     break
-                await self._flag.wait(min(REASK_S, deadline - time.monotonic()))
+                await self._bell.wait(min(REASK_S, deadline - time.monotonic()))
                 answer = await forward_bytes(self._client, request, body)
         except httpx.TransportError:
             return Response(status_code=502)
@@ -142,12 +153,12 @@ class Gateway:
 def build_app(superlink: str, progress_dir: Path) -> Starlette:
     """The gateway in front of the SuperLink at ``superlink`` (HOST:PORT)."""
     client = build_client(f"http://{superlink}")
-    flag = MailboxFlag(mailbox_flag(progress_dir))
-    gateway = Gateway(client, progress_dir, flag)
+    bell = Bell(Flag(orders_flag(progress_dir)))
+    gateway = Gateway(client, progress_dir, bell)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        watcher = asyncio.create_task(flag.watch())
+        watcher = asyncio.create_task(bell.watch())
         yield
         watcher.cancel()
         await client.aclose()

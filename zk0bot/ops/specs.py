@@ -227,11 +227,7 @@ class _Builder:
             "zk0bot.federation.superexec",
             *("--insecure", "--runtime-api-address", runtime_api),
         )
-        extra = {
-            "ZK0BOT_CLIENT_DIR": str(self.dir),
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # the default, 1 s, is paid every message
-        }
-        return spec.model_copy(update={"env": {**spec.env, **extra}})
+        return spec.model_copy(update={"env": {**spec.env, "ZK0BOT_CLIENT_DIR": str(self.dir)}})
 
     def supervisor(self) -> ProcessSpec:
         return self.ours(SUPERVISOR, "zk0bot.ops.supervisor", "--dir", str(self.dir))

@@ -103,18 +103,22 @@ def federation(tmp_path: Path, nodes: dict[int, Node], **settings: object) -> Fe
     write_json(paths.run_record("r1"), record)
     log, output = RunLog(paths, "r1"), OutputTree(tmp_path / "out")
     seconds = itertools.count()
+
+    def clock() -> float:
+        return float(next(seconds))
+
     spec = PolicySpec(policy=config.policy, seed=0)
     referee = Referee(config=config, evaluator=CountingEvaluator(), output=output, log=log)
     return Federation(
         config=config,
-        courier=Courier(FakeGrid(nodes), tmp_path / "mailbox"),
+        courier=Courier(FakeGrid(nodes), tmp_path, clock),
         cohort=Cohort(config=config, spec=spec, base_hash=BASE_HASH),
         referee=referee,
         log=log,
         output=output,
         scratch=tmp_path / "scratch",
         weights={name: value.copy() for name, value in START.items()},
-        clock=lambda: float(next(seconds)),
+        clock=clock,
         sleep=lambda _: None,
     )
 

@@ -24,7 +24,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from zk0bot.config.paths import link_state, mailbox_flag, node_progress
+from zk0bot.config.paths import link_state, node_progress, orders_flag
 from zk0bot.files import read_json, read_record, write_json
 from zk0bot.gateway import egress, server
 from zk0bot.records import LinkState, NodeProgress
@@ -134,11 +134,11 @@ def test_an_empty_pull_is_held_until_there_is_a_message(
     assert time.monotonic() - started >= server.REASK_S
 
 
-def test_a_touch_of_the_mailbox_flag_ends_the_wait_at_once(
+def test_a_touch_of_the_orders_flag_ends_the_wait_at_once(
     gateway: TestClient, superlink: SuperLink, tmp_path: Path
 ) -> None:
     superlink.empty_pulls = 1
-    threading.Timer(0.2, mailbox_flag(tmp_path).touch).start()
+    threading.Timer(0.2, orders_flag(tmp_path).touch).start()
     started = time.monotonic()
     gateway.post("/v1/fleet/pull-messages", content=PULL)
     assert time.monotonic() - started < server.REASK_S
