@@ -63,6 +63,7 @@ def start(
         "device": device,
     }
     loaded = load_client(Sources(file=config, flags=flags, pairs=tuple(set_ or ())))
+    show.notices(loaded.notices)
     show.result(start_client(build_machine(show), loaded.config, show.waiting))
 
 

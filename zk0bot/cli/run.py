@@ -35,8 +35,7 @@ def run(
     show = get_show(ctx)
     flags = {"num_server_rounds": rounds}
     loaded = load_run(Sources(file=config, flags=flags, pairs=tuple(set_ or ())))
-    for notice in loaded.notices:
-        show.note(f"note: {notice}")
+    show.notices(loaded.notices)
     machine = build_machine(show)
     record = submit_run(machine, loaded.config)
     if not stream:

@@ -31,6 +31,7 @@ def start(
     """Start the server and return when it answers."""
     show = get_show(ctx)
     loaded = load_server(Sources(file=config, pairs=tuple(set_ or ())))
+    show.notices(loaded.notices)
     show.result(start_server(build_machine(show), loaded.config, show.waiting))
 
 

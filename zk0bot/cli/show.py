@@ -1,10 +1,14 @@
 """The terminal: standard output is the result, standard error is everything else."""
 
 import json
+import re
 import sys
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from zk0bot.errors import Zk0Error
+
+_COUNTS = re.compile(r" \d+/\d+")
 
 
 class Showable(Protocol):
@@ -23,6 +27,7 @@ class Show:
         self.host: Any = None
         """A Host that tests put in place of tmux."""
         self._waiting = ""
+        self._noted = ""
 
     def result(self, record: Showable) -> None:
         """The command's result; called once."""
@@ -43,11 +48,18 @@ class Show:
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
 
+    def notices(self, texts: Iterable[str]) -> None:
+        """What the operator should know about the settings."""
+        for text in texts:
+            self.note(f"note: {text}")
+
     def waiting(self, text: str) -> None:
-        """What is being waited for: one changing line in a terminal, one line per change else."""
+        """What is being waited for: one changing line in a terminal, else a line per new thing."""
         message = f"waiting for {text}"
         if not sys.stderr.isatty():
-            self.note(message)
+            if _COUNTS.sub("", message) != _COUNTS.sub("", self._noted):
+                self.note(message)
+                self._noted = message
             return
         sys.stderr.write(f"\r\x1b[K{message[:78]}")
         sys.stderr.flush()

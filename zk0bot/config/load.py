@@ -4,9 +4,11 @@ Precedence: defaults < preset of model-name < TOML file < ``ZK0BOT_*`` < flags. 
 in kebab-case and snake_case; the names of zk0, the prototype, are the only aliases.
 """
 
+import contextlib
 import json
 import os
 import tomllib
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,9 @@ _INHERITED = (
     "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE",
     "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
 )  # fmt: skip
+_KINDS = (RunConfig, PolicyConfig, ServerConfig, ClientConfig)
+_OWN_VARIABLES = ("ZK0BOT_HOME", "ZK0BOT_SESSION", "ZK0BOT_CLIENT_DIR", "ZK0BOT_ROOT",
+                  "ZK0BOT_RELEASE_URL", "ZK0BOT_COMPLETE")  # fmt: skip
 _CLIENT_ALIASES = {"DATASET_URI": "dataset_uri", "DATASET_NAME": "name"}
 _SERVER_ADDRESS_ALIASES = ("ZK0_SERVER_URL", "ZK0_SERVER_IP")
 
@@ -122,24 +127,22 @@ def load_run(sources: Sources, env: Mapping[str, str] | None = None) -> Loaded[R
     policy_layers = _layers(
         Sources(file=sources.file, pairs=_policy_pairs(sources)), "policy", PolicyConfig, {}
     )
-    merged = _merge(layers)
-    policy = _merge(policy_layers)
-    model_name = policy.pop("model_name", merged.get("model_name", "tiny"))
-    if "model_name" in merged:
-        model_name = merged["model_name"]
-    preset = _load_preset(model_name)
-    values = {**preset.get("run", {}), **merged, "model_name": model_name}
-    values["policy"] = {**preset.get("policy", {}), **policy, "model_name": model_name}
+    merged, policy = _merge(layers), _merge(policy_layers)
+    name = merged.get("model_name") or policy.get("model_name") or RunConfig().model_name
+    model = {"model_name": _make_absolute(str(name))}
+    preset = _preset_path(model["model_name"])
+    values = {**_read_preset(preset, "run", RunConfig), **merged, **model}
+    values["policy"] = {**_read_preset(preset, "policy", PolicyConfig), **policy, **model}
     _refuse_schedulers(values)
-    return Loaded(
-        config=_validate(RunConfig, values), notices=tuple(_epoch_notices(merged, sources))
-    )
+    notices = (*_epoch_notices(merged, sources), *_unknown_variables(env))
+    return Loaded(config=_validate(RunConfig, values), notices=notices)
 
 
 def load_server(sources: Sources, env: Mapping[str, str] | None = None) -> Loaded[ServerConfig]:
     """Settings of the server machine."""
     layers = _layers(sources, "server", ServerConfig, _environment(env))
-    return Loaded(config=_validate(ServerConfig, _merge(layers)))
+    config = _validate(ServerConfig, _merge(layers))
+    return Loaded(config=config, notices=_unknown_variables(env))
 
 
 def load_client(sources: Sources, env: Mapping[str, str] | None = None) -> Loaded[ClientConfig]:
@@ -148,7 +151,8 @@ def load_client(sources: Sources, env: Mapping[str, str] | None = None) -> Loade
     values = {**_zk0_client_values(environment)}
     values |= _merge(_layers(sources, "client", ClientConfig, environment))
     values["dataset_uri"] = resolve_dataset(values.get("dataset_uri", ""))
-    return Loaded(config=_validate(ClientConfig, values))
+    config = _validate(ClientConfig, values)
+    return Loaded(config=config, notices=_unknown_variables(env))
 
 
 def load_catalogue() -> Catalogue:
@@ -163,7 +167,10 @@ def resolve_dataset(text: str) -> str:
             "no dataset given", hint="zk0bot client start sim:touch-red, or set DATASET_URI"
         )
     if ":" in text or "/" in text:
-        return str(parse_dataset_uri(text))
+        uri = parse_dataset_uri(text)
+        if uri.kind == "local":
+            return f"local:{Path(uri.value).expanduser().absolute()}"
+        return str(uri)
     entries = {entry.name: entry.uri for entry in load_catalogue().clients}
     if text not in entries:
         raise UnknownNameError.of("dataset", text, entries)
@@ -180,12 +187,12 @@ def _layers(
     """Values of one table from each source, in rising precedence."""
     known = _known_keys(kind)
     file_values = _read_table(sources.file, table)
-    pairs = dict(_parse_pair(pair) for pair in sources.pairs)
+    pairs = dict(_split_pair(pair) for pair in sources.pairs)
     flags = {key: value for key, value in (sources.flags or {}).items() if value is not None}
     return [
         _check_keys(file_values, known, f"in {sources.file}"),
         _from_environment(env, kind),
-        _check_keys(pairs, known, "given to --set"),
+        _parse_values(_check_keys(pairs, known, "given to --set"), kind),
         flags,
     ]
 
@@ -224,11 +231,22 @@ def _check_keys(values: Mapping[str, Any], known: set[str], where: str) -> dict[
 
 def _from_environment(env: Mapping[str, str], kind: type[Settings]) -> dict[str, Any]:
     """``ZK0BOT_<FIELD>`` of each field of ``kind``."""
-    return {
-        name: _parse_value(env[variable])
+    given = {
+        name: env[variable]
         for name in sorted(_known_keys(kind))
         if (variable := PREFIX + name.upper()) in env
     }
+    return _parse_values(given, kind)
+
+
+def _unknown_variables(env: Mapping[str, str] | None) -> tuple[str, ...]:
+    """A notice for each ``ZK0BOT_`` variable that no setting reads."""
+    known = {PREFIX + name.upper() for kind in _KINDS for name in _known_keys(kind)}
+    given = {name for name in _environment(env) if name.startswith(PREFIX)}
+    return tuple(
+        f"{name} has no effect: there is no such setting"
+        for name in sorted(given - known - set(_OWN_VARIABLES))
+    )
 
 
 def _zk0_client_values(env: Mapping[str, str]) -> dict[str, Any]:
@@ -268,29 +286,49 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
 
 
-def _load_preset(model_name: str) -> dict[str, Any]:
-    """Tables ``run`` and ``policy`` of the preset that fits ``model_name``."""
-    return _read_toml(configs_dir() / f"{preset_of(model_name)}.toml")
-
-
 def preset_of(model_name: str) -> str:
     """Name of the shipped file with the settings for a model."""
     return "tiny" if model_name == "tiny" else "smolvla"
 
 
-def _parse_pair(pair: str) -> tuple[str, Any]:
+def _preset_path(model_name: str) -> Path:
+    return configs_dir() / f"{preset_of(model_name)}.toml"
+
+
+def _read_preset(preset: Path, table: str, kind: type[Settings]) -> dict[str, Any]:
+    return _check_keys(_read_table(preset, table), _known_keys(kind), f"in {preset}")
+
+
+def _make_absolute(model_name: str) -> str:
+    """A local model folder by its whole path: trainers run in folders of their own."""
+    folder = Path(model_name).expanduser()
+    return str(folder.absolute()) if model_name != "tiny" and folder.is_dir() else model_name
+
+
+def _split_pair(pair: str) -> tuple[str, str]:
     key, equals, value = pair.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {pair!r} is not key=value", hint="--set local-steps=40")
-    return key.strip(), _parse_value(value.strip())
+    return key.strip(), value.strip()
 
 
-def _parse_value(text: str) -> Any:
-    """A number, truth value or list where TOML reads one, else the text itself."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+def _parse_values(texts: Mapping[str, str], kind: type[Settings]) -> dict[str, Any]:
+    return {
+        name: _parse_value(text, kind.model_fields[name].annotation) for name, text in texts.items()
+    }
+
+
+def _parse_value(text: str, annotation: Any) -> Any:
+    """Text as it is where text is wanted; a list also as ``a,b``; else what TOML reads."""
+    if annotation is str:
         return text
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        value = tomllib.loads(f"value = {text}")["value"]
+        is_truth_for_number = isinstance(value, bool) and annotation is not bool
+        return text if is_truth_for_number else value
+    if typing.get_origin(annotation) is tuple:
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text
 
 
 def _refuse_schedulers(values: Mapping[str, Any]) -> None:

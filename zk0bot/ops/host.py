@@ -28,8 +28,8 @@ from zk0bot.ops.specs import ProcessSpec, SessionSpec
 _PLACEHOLDER = "exec cat"
 """Keeps a new window open until its log is connected."""
 _NOTHING_THERE = re.compile(
-    "no server running|can't find (session|window|pane)|no such file|error connecting|session not found"
-    "|server exited|no current target",
+    "no server running|can't find (session|window|pane)|no such file|error connecting"
+    "|session not found|server exited|no current target",
     re.IGNORECASE,
 )
 _REMIND_S = 0.05

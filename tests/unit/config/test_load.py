@@ -1,0 +1,226 @@
+"""Settings: precedence, names, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from zk0bot.config.load import (
+    NOT_SUPPORTED_YET,
+    Sources,
+    client_dir_from_environment,
+    find_secrets,
+    inherited_environment,
+    load_catalogue,
+    load_client,
+    load_paths,
+    load_run,
+    load_server,
+    resolve_dataset,
+)
+from zk0bot.config.models import ClientConfig, RunConfig, ServerConfig
+from zk0bot.config.paths import Paths, configs_dir
+from zk0bot.config.uri import parse_dataset_uri
+from zk0bot.errors import ConfigError, UnknownNameError
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_hold_without_any_source() -> None:
+    config = load_run(Sources(), {}).config
+    assert config.model_name == "tiny"
+    assert config.num_server_rounds == 20
+    assert config.policy.image_size == 64
+
+
+def test_each_source_beats_the_one_before(tmp_path: Path) -> None:
+    file = write(tmp_path, "[run]\nlocal-steps = 2\nbatch_size = 2\nseed = 2\nmin-fit-clients = 2")
+    env = {"ZK0BOT_BATCH_SIZE": "3", "ZK0BOT_SEED": "3", "ZK0BOT_MIN_FIT_CLIENTS": "3"}
+    pairs = ("seed=4", "min_fit_clients=4")
+    config = load_run(Sources(file=file, flags={"min_fit_clients": 5}, pairs=pairs), env).config
+    got = (config.local_steps, config.batch_size, config.seed, config.min_fit_clients)
+    assert got == (2, 3, 4, 5)
+
+
+def test_a_flag_that_was_not_given_hides_nothing() -> None:
+    config = load_run(Sources(flags={"num_server_rounds": None}, pairs=("num-server-rounds=7",)))
+    assert config.config.num_server_rounds == 7
+
+
+def test_the_preset_follows_the_model_wherever_it_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path, '[run]\nmodel-name = "lerobot/smolvla_base"')
+    by_file = load_run(Sources(file=file), {}).config
+    by_flag = load_run(Sources(pairs=("model-name=lerobot/smolvla_base",)), {}).config
+    assert by_file == by_flag
+    assert by_file.policy.trained_part == "expert"
+    assert by_file.policy.model_name == "lerobot/smolvla_base"
+    back = load_run(Sources(file=file, pairs=("model-name=tiny",)), {}).config
+    assert back.policy.trained_part == "all"
+
+
+def test_a_local_model_folder_becomes_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = load_run(Sources(pairs=("model-name=mine",)), {}).config
+    assert config.policy.model_name == str(tmp_path / "mine")
+
+
+def test_policy_settings_by_table_and_by_pair(tmp_path: Path) -> None:
+    file = write(tmp_path, "[policy]\nchunk-size = 5\nn-action-steps = 5")
+    config = load_run(Sources(file=file, pairs=("policy.cameras=top,wrist",)), {}).config
+    assert (config.policy.chunk_size, config.policy.cameras) == (5, ("top", "wrist"))
+
+
+def test_an_unknown_key_offers_the_nearest() -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        load_run(Sources(pairs=("local-step=3",)), {})
+    assert caught.value.message == "unknown setting 'local-step'"
+    assert caught.value.hint == "did you mean 'local-steps'?"
+    assert caught.value.exit_code == 2
+
+
+def test_an_unknown_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="'runs'"):
+        load_run(Sources(file=write(tmp_path, "[runs]\nseed = 1")), {})
+
+
+@pytest.mark.parametrize("key", sorted(NOT_SUPPORTED_YET))
+def test_zk0_keys_without_effect_are_refused_by_name(key: str) -> None:
+    with pytest.raises(ConfigError, match="is not supported yet"):
+        load_run(Sources(pairs=(f"{key.replace('_', '-')}=1",)), {})
+
+
+def test_zk0_schedulers_without_effect_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'reduce_on_plateau' is not supported yet"):
+        load_run(Sources(pairs=("scheduler-type=reduce_on_plateau",)), {})
+
+
+def test_a_pyproject_of_zk0_is_read_and_epochs_are_explained(tmp_path: Path) -> None:
+    text = "[tool.flwr.app.config]\nnum-server-rounds = 4\nlocal-epochs = 50"
+    loaded = load_run(Sources(file=write(tmp_path, text)), {})
+    assert (loaded.config.num_server_rounds, loaded.config.local_epochs) == (4, 50)
+    assert "zk0 counted optimizer steps" in loaded.notices[0]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "abc", "1.5", "true"])
+def test_a_bad_value_names_key_and_value(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"num-server-rounds: .*got") as caught:
+        load_run(Sources(pairs=(f"num-server-rounds={value}",)), {})
+    assert caught.value.exit_code == 2
+
+
+def test_contradictions_are_explained_without_internals() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run(Sources(pairs=("proximal-mu=0.1",)), {})
+    assert caught.value.message == "proximal-mu has an effect with strategy=fedprox only"
+
+
+@pytest.mark.parametrize("pair", ["seed", "=3", "  =3"])
+def test_a_pair_without_key_or_value_is_refused(pair: str) -> None:
+    with pytest.raises(ConfigError, match="is not key=value"):
+        load_run(Sources(pairs=(pair,)), {})
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no file .*absent\.toml"):
+        load_run(Sources(file=tmp_path / "absent.toml"), {})
+    with pytest.raises(ConfigError, match=r"mine\.toml is not valid TOML"):
+        load_run(Sources(file=write(tmp_path, "[run")), {})
+
+
+def test_a_misspelt_variable_is_mentioned() -> None:
+    loaded = load_run(Sources(), {"ZK0BOT_SEEED": "1", "ZK0BOT_HOME": "/x", "ZK0BOT_PORT": "1"})
+    assert loaded.notices == ("ZK0BOT_SEEED has no effect: there is no such setting",)
+
+
+def test_text_settings_stay_text() -> None:
+    config = load_client(Sources(pairs=("dataset-uri=sim:touch-red", "name=007")), {}).config
+    assert config.name == "007"
+
+
+def test_zk0_names_of_a_client_are_aliases() -> None:
+    env = {"DATASET_URI": "owner/name", "DATASET_NAME": "arm", "ZK0_SERVER_IP": "10.0.0.7"}
+    config = load_client(Sources(), env).config
+    assert config == ClientConfig(server="10.0.0.7:9092", dataset_uri="hf:owner/name", name="arm")
+
+
+def test_own_names_beat_aliases() -> None:
+    env = {"ZK0_SERVER_URL": "http://a:1/", "ZK0BOT_SERVER": "b:2", "DATASET_URI": "o/n"}
+    assert load_client(Sources(), env).config.server == "b:2"
+    del env["ZK0BOT_SERVER"]
+    assert load_client(Sources(), env).config.server == "a:1"
+
+
+def test_a_client_without_dataset_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no dataset given"):
+        load_client(Sources(), {})
+
+
+def test_datasets_by_name_uri_and_relative_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_dataset("touch-red") == "sim:touch-red"
+    assert resolve_dataset("owner/name") == "hf:owner/name"
+    assert resolve_dataset("local:data") == f"local:{tmp_path}/data"
+    with pytest.raises(UnknownNameError, match="unknown dataset 'touch-rad'"):
+        resolve_dataset("touch-rad")
+
+
+def test_every_dataset_of_the_catalogue_has_a_valid_uri_and_its_own_name() -> None:
+    catalogue = load_catalogue()
+    entries = [*catalogue.clients, *catalogue.evaluation]
+    assert [str(parse_dataset_uri(entry.uri)) for entry in entries] == [e.uri for e in entries]
+    assert len({entry.name for entry in entries}) == len(entries)
+
+
+def test_the_shipped_federation_file_says_the_defaults() -> None:
+    file = configs_dir() / "federation.toml"
+    assert load_run(Sources(file=file), {}).config == load_run(Sources(), {}).config
+    assert load_server(Sources(file=file), {}).config == ServerConfig()
+    pairs = ("dataset-uri=sim:x",)
+    client = load_client(Sources(file=file, pairs=pairs), {}).config
+    assert client == ClientConfig(dataset_uri="sim:x")
+
+
+def test_the_tiny_preset_says_the_defaults_of_the_models() -> None:
+    assert load_run(Sources(), {}).config == RunConfig()
+
+
+def test_the_state_root_is_home_or_the_variable(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_paths().root == home / ".zk0bot"
+    monkeypatch.delenv("ZK0BOT_HOME")
+    assert load_paths().root == Path.home() / ".zk0bot"
+
+
+def test_children_inherit_no_secret_and_nothing_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PYTHONDONTWRITEBYTECODE"):
+        monkeypatch.setenv(name, "x")
+    names = set(inherited_environment())
+    assert "PATH" in names
+    assert not names & {
+        "HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PYTHONDONTWRITEBYTECODE",
+    }  # fmt: skip
+
+
+def test_the_token_comes_from_the_environment_or_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = Paths(tmp_path)
+    assert find_secrets(paths) == {}
+    (tmp_path / "hf_token").write_text("hf_file\n")
+    assert find_secrets(paths) == {"HF_TOKEN": "hf_file"}
+    monkeypatch.setenv("HF_TOKEN", "hf_env")
+    assert find_secrets(paths) == {"HF_TOKEN": "hf_env"}
+
+
+def test_the_client_folder_is_told_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZK0BOT_CLIENT_DIR", "/a/b")
+    assert client_dir_from_environment() == Path("/a/b")

@@ -1,0 +1,44 @@
+"""Logs: last lines, without terminal codes."""
+
+from pathlib import Path
+
+import pytest
+
+from zk0bot.errors import SessionAbsentError, UnknownNameError
+from zk0bot.ops.log import LogFile, find_logs, read_logs
+
+
+def write_log(service_dir: Path, process: str, content: bytes) -> None:
+    folder = service_dir / "logs"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{process}.log").write_bytes(content)
+
+
+def test_last_lines_of_each_log_without_colours(tmp_path: Path) -> None:
+    write_log(tmp_path, "gateway", b"one\r\ntwo\r\n\x1b[92mthree\x1b[0m\r\n")
+    write_log(tmp_path, "superlink", b"")
+    logs = read_logs(find_logs(tmp_path), 2)
+    assert [log.lines for log in logs.logs] == [["two", "three"], []]
+    folder = tmp_path / "logs"
+    assert logs.to_text() == (
+        f"== gateway ({folder}/gateway.log)\ntwo\nthree\n== superlink ({folder}/superlink.log)"
+    )
+
+
+def test_an_unknown_process_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SessionAbsentError):
+        find_logs(tmp_path)
+    write_log(tmp_path, "gateway", b"")
+    with pytest.raises(UnknownNameError) as caught:
+        find_logs(tmp_path, "gatewey")
+    assert caught.value.hint == "did you mean 'gateway'?"
+
+
+def test_following_gives_whole_lines_once(tmp_path: Path) -> None:
+    write_log(tmp_path, "gateway", b"one\ntw")
+    file = LogFile(process="gateway", path=tmp_path / "logs" / "gateway.log")
+    text, offset = file.read_from(0)
+    assert text == "one\n"
+    with file.path.open("ab") as log:
+        log.write(b"o\n")
+    assert file.read_from(offset) == ("two\n", 8)

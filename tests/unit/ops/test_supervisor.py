@@ -1,0 +1,41 @@
+"""When a process is started again, decided without a clock or tmux."""
+
+from zk0bot.ops.host import Pane
+from zk0bot.ops.supervisor import STEADY_S, Watch, pause_s, step
+
+ALIVE = Pane(name="gateway", pid=1)
+DEAD = Pane(name="gateway", pid=1, is_dead=True, exit_status=-9)
+
+
+def test_a_living_process_is_left_alone() -> None:
+    assert step(Watch(), ALIVE, at=5.0) == (Watch(), False)
+
+
+def test_a_dead_process_is_started_after_a_pause_and_counted() -> None:
+    watch, is_due = step(Watch(), DEAD, at=10.0)
+    assert (is_due, watch.restart_at, watch.record.last_exit_status) == (False, 11.0, -9)
+    assert step(watch, DEAD, at=10.9) == (watch, False)
+    watch, is_due = step(watch, DEAD, at=11.0)
+    assert (is_due, watch.restart_at, watch.record.restarts) == (True, None, 1)
+
+
+def test_the_pause_doubles_up_to_a_minute() -> None:
+    assert [pause_s(failures) for failures in range(1, 9)] == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_each_failure_in_a_row_doubles_the_pause() -> None:
+    watch = Watch()
+    pauses = []
+    at = 0.0
+    for _ in range(3):
+        watch, _ = step(watch, DEAD, at=at)
+        assert watch.restart_at is not None
+        pauses.append(watch.restart_at - at)
+        at = watch.restart_at
+        watch, _ = step(watch, DEAD, at=at)
+    assert pauses == [1.0, 2.0, 4.0]
+
+
+def test_a_process_that_ran_steadily_starts_again_soon() -> None:
+    watch, _ = step(Watch(failures=6, begun_at=0.0), DEAD, at=STEADY_S + 1)
+    assert watch.restart_at == STEADY_S + 2
