@@ -8,6 +8,7 @@ import numpy as np
 
 from zk0bot.config.models import RunConfig
 from zk0bot.files import write_json
+from zk0bot.records import now
 from zk0bot.report.chart import draw_policy_loss, draw_round_metrics
 from zk0bot.report.history import RoundMetrics, to_policy_loss_history
 from zk0bot.training.protocol import AssessResult, NodeDescription, TrainResult
@@ -34,6 +35,13 @@ class OutputTree:
     def write_config(self, config: RunConfig) -> None:
         """``config.json``: every setting, resolved."""
         write_json(self.root / "config.json", config)
+
+    def note(self, node: NodeDescription, line: str) -> None:
+        """Add a line to ``clients/<slug>/client.log``: the server's view of that client."""
+        path = self.root / "clients" / client_slug(node) / "client.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as log:
+            log.write(f"{now():%Y-%m-%d %H:%M:%S} {line}\n")
 
     def write_round(
         self, round_: int, accepted: list[AcceptedUpdate], global_update_norm: float

@@ -256,13 +256,10 @@ class Federation:
             steps=result.num_steps,
             loss=result.loss,
         )
-        logger.info(
-            "round %d: %s sent %d bytes after %d steps, loss %.4f",
-            round_,
-            self.cohort.members[reply.node_id].name,
-            len(blob),
-            result.num_steps,
-            result.loss,
+        self._tell(
+            reply.node_id,
+            f"round {round_}: {len(blob)} bytes after {result.num_steps} steps, "
+            f"loss {result.loss:.4f}",
         )
 
     def _fold(self, replies: RoundReplies) -> Tensors:
@@ -289,8 +286,14 @@ class Federation:
         self, node_id: int, reason: str, replies: RoundReplies, *, phase: str = "failed"
     ) -> None:
         replies.failures[node_id] = reason
-        logger.warning("%s: %s", self.cohort.members[node_id].name, reason)
+        self._tell(node_id, f"round {self.log.record.round}: {phase}: {reason}")
         self.log.set_client(node_id, phase=phase, reason=reason)
+
+    def _tell(self, node_id: int, line: str) -> None:
+        """Log what happened with one client, for the server and in the client's own file."""
+        node = self.cohort.members[node_id]
+        logger.info("%s: %s", node.name, line)
+        self.output.note(node, line)
 
     def _failure_lines(self, replies: RoundReplies) -> list[str]:
         return [f"{self.cohort.members[n].name}: {why}" for n, why in replies.failures.items()]

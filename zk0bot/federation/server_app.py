@@ -1,5 +1,6 @@
 """The ServerApp: one process per run, wired from the run's folder."""
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ def main(grid: Grid, context: Context) -> None:
     run_id = str(context.run_config["zk0-run"])
     paths = load_paths()
     run = Run.open(paths, run_id)
-    handler = log_to(Path(run.log.record.output_dir) / "server" / "server.log")
+    handler = log_to(Path(run.log.record.output_dir))
     verdict = UNEXPECTED
     try:
         verdict = run.carry_out(grid)
@@ -101,9 +102,12 @@ class Run:
         )
 
 
-def log_to(path: Path) -> logging.Handler:
-    """Also write what zk0bot logs to ``path``."""
+def log_to(output_dir: Path) -> logging.Handler:
+    """Also write what zk0bot logs to ``server/server.log``; zk0 calls it ``simulation.log``."""
+    path = output_dir / "server" / "server.log"
     path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (output_dir / "simulation.log").symlink_to(path.relative_to(output_dir))
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger("zk0bot")

@@ -136,6 +136,7 @@ def test_two_rounds_fold_the_weighted_mean(tmp_path: Path) -> None:
     losses = read_json(tmp_path / "out/server/policy_loss_history.json")
     assert losses == {"0": {"server_policy_loss": 8.5}, "2": {"server_policy_loss": 5.5}}
     assert read_json(tmp_path / "out/clients/red/round_1.json")["num_samples"] == 30
+    assert "round 1: " in (tmp_path / "out/clients/red/client.log").read_text()
     assert [path.name for path in run.referee.evaluator.saved] == ["checkpoint_round_2"]
     assert (tmp_path / "out/server/federated_metrics.png").exists()
 
