@@ -1,0 +1,110 @@
+"""The boundary: help, usage errors, exit statuses, what is loaded."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from zk0bot.cli import app as app_module
+from zk0bot.cli.app import COMMANDS, app
+
+HEAVY = "torch lerobot flwr mujoco transformers datasets httpx"
+
+
+def loaded_after(arguments: list[str]) -> set[str]:
+    """Top-level modules in ``sys.modules`` after a command in a process of its own."""
+    code = (
+        "import sys; from zk0bot.cli.app import app\n"
+        f"try: app({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "sys.stderr.write(' '.join(name for name in sys.modules if '.' not in name))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+def test_help_lists_every_command_and_the_exit_statuses() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    for name, entry in COMMANDS.items():
+        assert f"  {name:<8} {entry.help}" in result.stdout
+    assert "3    run completed with warnings" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_of_its_own(name: str) -> None:
+    result = CliRunner().invoke(app, [name, "--help"])
+    assert result.exit_code == 0
+    assert "Usage: " in result.stdout
+
+
+def test_help_and_status_load_nothing_heavy() -> None:
+    for arguments in (["--help"], ["status"], ["client", "list"]):
+        assert not loaded_after(arguments) & set(HEAVY.split())
+
+
+def test_help_loads_neither_rich_nor_pydantic() -> None:
+    assert not loaded_after(["--help"]) & {"rich", "pydantic", "libtmux", "psutil"}
+
+
+def test_help_is_fast() -> None:
+    """In CPU seconds, which a busy machine does not stretch."""
+    program = Path(sys.executable).with_name("zk0bot")
+    seconds = []
+    for _ in range(3):
+        begun = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([program, "--help"], check=True, capture_output=True)
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime)
+    assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--rounds", "0"],
+        ["run", "--rounds", "-1"],
+        ["run", "--rounds", "abc"],
+        ["run", "--nonsense"],
+        ["nonsense"],
+        ["server", "nonsense"],
+        ["--nonsense"],
+    ],
+)
+def test_wrong_usage_ends_with_2_and_says_so_in_json_too(arguments: list[str]) -> None:
+    plain = CliRunner().invoke(app, arguments)
+    assert (plain.exit_code, plain.stdout) == (2, "")
+    assert plain.stderr.startswith("error: ")
+    as_json = CliRunner().invoke(app, [*arguments, "--json"])
+    assert as_json.exit_code == 2
+    assert json.loads(as_json.stdout)["error"]["code"] == "usage"
+
+
+def test_no_command_shows_help() -> None:
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 2
+    assert "Commands:" in result.stderr
+
+
+def test_ctrl_c_ends_with_130_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app_module, "import_module", interrupt)
+    result = CliRunner().invoke(app, ["status", "--json"])
+    assert result.exit_code == 130
+    assert json.loads(result.stdout)["error"]["code"] == "interrupted"
+    assert result.stderr == "error: interrupted\n"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(app_module, "import_module", fail)
+    assert isinstance(CliRunner().invoke(app, ["status"]).exception, ZeroDivisionError)

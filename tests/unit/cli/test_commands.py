@@ -1,0 +1,220 @@
+"""Whole outputs of the commands, on a host without tmux."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from fake_host import FakeHost, FakeProcesses, fake_processes
+from typer.testing import CliRunner
+
+from zk0bot.cli.app import app
+from zk0bot.cli.show import Show
+from zk0bot.config.paths import Paths
+from zk0bot.ops.record import save_run
+from zk0bot.records import RunRecord
+
+
+class Terminal:
+    """Runs commands against one FakeHost."""
+
+    def __init__(self, host: FakeHost) -> None:
+        self.host = host
+
+    def __call__(self, *arguments: str) -> Result:
+        show = Show()
+        show.host = self.host
+        return CliRunner().invoke(app, arguments, obj=show, catch_exceptions=False)
+
+
+@pytest.fixture
+def processes() -> Iterator[FakeProcesses]:
+    with fake_processes() as playing:
+        yield playing
+
+
+@pytest.fixture
+def terminal(processes: FakeProcesses) -> Terminal:
+    return Terminal(FakeHost(processes))
+
+
+@pytest.fixture
+def ports(free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Ports of the server of this test."""
+    port, superlink_port = free_port(), free_port()
+    monkeypatch.setenv("ZK0BOT_PORT", str(port))
+    monkeypatch.setenv("ZK0BOT_SUPERLINK_PORT", str(superlink_port))
+    monkeypatch.setenv("ZK0BOT_SERVER", f"127.0.0.1:{port}")
+    monkeypatch.setenv("ZK0BOT_FIRST_PORT", str(free_port()))
+    return port, superlink_port
+
+
+def test_status_of_a_machine_where_nothing_runs(terminal: Terminal) -> None:
+    result = terminal("status")
+    assert result.stdout == "server: not running\nclients: none running\nrun: none yet\n"
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_server_start_status_stop(terminal: Terminal, ports: tuple[int, int]) -> None:
+    running = (
+        f"server: running, clients connect to 127.0.0.1:{ports[0]}\n"
+        "  superlink   running  pid 4000001\n"
+        "  serverapp   running  pid 4000002\n"
+        "  gateway     running  pid 4000003\n"
+        "  evaluator   running  pid 4000004\n"
+        "  supervisor  running  pid 4000005\n"
+    )
+    assert terminal("server", "start").stdout == running
+    assert terminal("server", "status").stdout == running
+    again = terminal("server", "start")
+    assert (again.exit_code, again.stdout) == (1, "")
+    assert again.stderr == (
+        "error: the server is already running (session zk0-server)\nhint: zk0bot server stop\n"
+    )
+    assert terminal("server", "stop").stdout == (
+        "stopped zk0-server: superlink, serverapp, gateway, evaluator, supervisor (0 processes)\n"
+    )
+    absent = terminal("server", "stop")
+    assert (absent.exit_code, absent.stderr) == (
+        1,
+        "error: the server is not running\nhint: zk0bot server start\n",
+    )
+
+
+def test_a_dead_process_shows_its_exit_status(terminal: Terminal, ports: tuple[int, int]) -> None:
+    terminal("server", "start")
+    terminal.host.die("zk0-server", "gateway", -9)
+    text = terminal("server", "status").stdout
+    assert text.startswith("server: degraded, ")
+    assert "  gateway     exited   last signal 9\n" in text
+    document = json.loads(terminal("server", "status", "--json").stdout)
+    gateway = next(item for item in document["services"] if item["name"] == "gateway")
+    assert (gateway["state"], gateway["exit_status"]) == ("exited", -9)
+
+
+def test_client_start_list_status_stop(terminal: Terminal, ports: tuple[int, int]) -> None:
+    terminal("server", "start")
+    started = terminal("client", "start", "touch-red", "--name", "Red Arm")
+    assert started.stdout == (
+        "client red-arm: running\n"
+        "  data        sim:touch-red\n"
+        f"  link        connected to 127.0.0.1:{ports[0]}\n"
+        "  trainer is  ready\n"
+        "  trainer     running  pid 4000006\n"
+        "  egress      running  pid 4000007\n"
+        "  supernode   running  pid 4000008\n"
+        "  clientapp   running  pid 4000009\n"
+        "  supervisor  running  pid 4000010\n"
+    )
+    assert terminal("client", "list").stdout == "red-arm  running   sim:touch-red\n"
+    assert terminal("client", "status").stdout == started.stdout
+    assert json.loads(terminal("status", "--json").stdout)["clients"][0]["client"] == "red-arm"
+    assert terminal("client", "stop").stdout.startswith("stopped zk0-client-red-arm: trainer, ")
+    assert terminal("client", "list").stdout == "red-arm  stopped   sim:touch-red\n"
+
+
+def test_several_clients_have_to_be_named(terminal: Terminal, ports: tuple[int, int]) -> None:
+    terminal("server", "start")
+    for color in ("red", "green"):
+        terminal("client", "start", f"sim:touch-{color}")
+    result = terminal("client", "status", "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout) == {
+        "error": {
+            "code": "bad_config",
+            "message": "2 clients run here: sim-touch-green, sim-touch-red",
+            "hint": "name one of them",
+        }
+    }
+
+
+def test_client_flags_reach_the_configuration(
+    terminal: Terminal, ports: tuple[int, int], home: Path
+) -> None:
+    terminal("server", "start")
+    flags = ["--episodes", "0-3", "--revision", "v1", "--rename", "top=front", "--device", "cpu"]
+    terminal("client", "start", "owner/name", "--name", "x", *flags)
+    saved = json.loads((home / ".zk0bot" / "clients" / "x" / "client.json").read_text())
+    assert (saved["dataset_uri"], saved["episodes"], saved["revision"]) == (
+        "hf:owner/name",
+        "0-3",
+        "v1",
+    )
+    assert (saved["rename_cameras"], saved["device"]) == ({"top": "front"}, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ftp:x/y"], "unknown dataset scheme 'ftp'"),
+        (["local:/does/not/exist"], "there is no folder /does/not/exist"),
+        (["touch-rad"], "unknown dataset 'touch-rad'"),
+        (["sim:touch-red", "--rename", "top"], "--rename top is not A=B"),
+        (["sim:touch-red", "--device", "tpu"], "device: input should be"),
+        (["sim:touch-red", "--set", "devise=cpu"], "unknown setting 'devise'"),
+    ],
+)
+def test_bad_client_input_is_refused(
+    terminal: Terminal, arguments: list[str], message: str
+) -> None:
+    result = terminal("client", "start", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_a_public_host_is_refused_with_the_way_out(terminal: Terminal) -> None:
+    result = terminal("server", "start", "--set", "host=0.0.0.0", "--json")
+    error = json.loads(result.stdout)["error"]
+    assert (result.exit_code, error["code"]) == (2, "bad_config")
+    assert "ssh -L 9092" in error["hint"]
+
+
+def test_logs_of_a_service_as_text_and_json(terminal: Terminal, home: Path) -> None:
+    assert terminal("server", "logs").exit_code == 1
+    folder = home / ".zk0bot" / "server" / "logs"
+    folder.mkdir(parents=True)
+    (folder / "gateway.log").write_text("one\ntwo\n")
+    assert terminal("server", "log", "-n", "1").stdout == "two\n"
+    document = json.loads(terminal("server", "logs", "--process", "gateway", "--json").stdout)
+    assert document == {
+        "logs": [{"process": "gateway", "path": f"{folder}/gateway.log", "lines": ["one", "two"]}]
+    }
+
+
+def test_runs_and_status_show_the_last_run(terminal: Terminal, home: Path) -> None:
+    assert terminal("runs").stdout == "no runs yet; zk0bot run starts one\n"
+    run = RunRecord(run_id="20260102-030405-abcd", num_rounds=3, state="failed", reason="why not")
+    save_run(Paths(home / ".zk0bot"), run)
+    assert terminal("status").stdout.splitlines()[-1] == (
+        "run: 20260102-030405-abcd failed, round 0 of 3, why not"
+    )
+    assert json.loads(terminal("runs", "--json").stdout)["runs"][0]["state"] == "failed"
+
+
+def test_a_run_without_server_and_a_stop_without_run(terminal: Terminal) -> None:
+    run = terminal("run", "--rounds", "1", "--json")
+    assert (run.exit_code, json.loads(run.stdout)["error"]["code"]) == (1, "session_absent")
+    stop = terminal("stop", "--json")
+    assert (stop.exit_code, json.loads(stop.stdout)["error"]["code"]) == (1, "run_failed")
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(
+    terminal: Terminal, ports: tuple[int, int]
+) -> None:
+    terminal("server", "start")
+    result = terminal("run", "--set", "output-dir=/proc/nowhere")
+    assert result.exit_code == 2
+    assert "error: cannot write results to /proc/nowhere" in result.stderr
+
+
+def test_attach_without_session_is_refused(terminal: Terminal) -> None:
+    result = terminal("server", "attach")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "error: session zk0-server is not running\nhint: zk0bot status\n",
+    )
+
+
+def test_version_names_what_must_agree(terminal: Terminal) -> None:
+    assert json.loads(terminal("version", "--json").stdout)["flwr"] == "1.41.0"

@@ -1,0 +1,236 @@
+"""Starting and stopping services on a host without tmux."""
+
+import json
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fake_host import FakeHost, build_fake_machine, fake_processes
+
+from zk0bot.config.models import ClientConfig, ServerConfig
+from zk0bot.config.paths import client_config, trainer_state
+from zk0bot.errors import (
+    ConfigError,
+    PortInUseError,
+    ServiceError,
+    SessionAbsentError,
+    SessionExistsError,
+    TrainerError,
+    UnknownNameError,
+)
+from zk0bot.files import read_json, write_json
+from zk0bot.ops.record import get_run, save_run
+from zk0bot.ops.services import (
+    Machine,
+    find_client,
+    slug_of,
+    start_client,
+    start_server,
+    stop_client,
+    stop_server,
+)
+from zk0bot.ops.specs import ProcessSpec, SessionSpec
+from zk0bot.ops.state import find_session
+from zk0bot.records import RunRecord, TrainerState
+
+FreePort = Callable[[], int]
+
+
+def ignore(text: str) -> None:
+    return
+
+
+def build_config(free_port: FreePort, **values: object) -> ServerConfig:
+    ports = {"port": free_port(), "superlink_port": free_port()}
+    return ServerConfig.model_validate({"start_deadline_s": 5, **ports, **values})
+
+
+def test_a_server_starts_with_the_supervisor_last(tmp_path: Path, free_port: FreePort) -> None:
+    config = build_config(free_port)
+    with fake_processes() as processes:
+        host = FakeHost(processes)
+        status = start_server(build_fake_machine(tmp_path, host), config, ignore)
+    assert [name.partition(":")[2] for name in host.started] == [
+        "superlink", "serverapp", "gateway", "evaluator", "supervisor",
+    ]  # fmt: skip
+    assert (status.state, status.address) == ("running", f"127.0.0.1:{config.port}")
+
+
+def test_what_was_started_is_written_down_without_secrets(
+    tmp_path: Path, free_port: FreePort
+) -> None:
+    with fake_processes() as processes:
+        machine = build_fake_machine(tmp_path, FakeHost(processes))
+        start_server(machine, build_config(free_port), ignore)
+        spec = find_session(tmp_path / "server")
+        assert isinstance(spec, SessionSpec)
+        for process in spec.processes:
+            assert read_json(process.spec_path) == json.loads(process.model_dump_json())
+        holders = [p for p in tmp_path.rglob("*") if p.is_file() and "hf_secret" in p.read_text()]
+        assert holders == [tmp_path / "server" / "secrets.json"]
+        assert stat.S_IMODE(holders[0].stat().st_mode) == 0o600
+        stop_server(machine)
+        assert not holders[0].exists()
+
+
+def test_starting_twice_is_refused_by_name(tmp_path: Path, free_port: FreePort) -> None:
+    with fake_processes() as processes:
+        machine = build_fake_machine(tmp_path, FakeHost(processes))
+        start_server(machine, build_config(free_port), ignore)
+        with pytest.raises(SessionExistsError, match="session zk0-server") as caught:
+            start_server(machine, build_config(free_port), ignore)
+    assert caught.value.hint == "zk0bot server stop"
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(
+    tmp_path: Path, free_port: FreePort
+) -> None:
+    config = build_config(free_port)
+    host = FakeHost()
+    with socket.create_server(("127.0.0.1", config.port)), pytest.raises(PortInUseError):
+        start_server(build_fake_machine(tmp_path, host), config, ignore)
+    assert host.started == []
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "192.168.1.4", "robot.example"])
+def test_a_public_address_is_refused(tmp_path: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match="not encrypted yet"):
+        start_server(build_fake_machine(tmp_path, FakeHost()), ServerConfig(host=address), ignore)
+
+
+def test_a_failed_start_leaves_nothing_running(tmp_path: Path, free_port: FreePort) -> None:
+    host = FakeHost()
+    with pytest.raises(ServiceError, match=r"superlink is not ready: waited 0\.2 s"):
+        start_server(
+            build_fake_machine(tmp_path, host),
+            build_config(free_port, start_deadline_s=0.2),
+            ignore,
+        )
+    assert (host.sessions(), find_session(tmp_path / "server")) == ([], None)
+
+
+def test_stopping_the_server_closes_its_run(tmp_path: Path, free_port: FreePort) -> None:
+    with fake_processes() as processes:
+        machine = build_fake_machine(tmp_path, FakeHost(processes))
+        start_server(machine, build_config(free_port), ignore)
+        save_run(machine.paths, RunRecord(run_id="a", num_rounds=2, state="running"))
+        assert stop_server(machine).processes[0] == "superlink"
+    assert get_run(machine.paths, "a").state == "stopped"
+    with pytest.raises(SessionAbsentError):
+        stop_server(machine)
+
+
+def test_a_run_of_a_server_that_went_away_has_failed(tmp_path: Path, free_port: FreePort) -> None:
+    with fake_processes() as processes:
+        machine = build_fake_machine(tmp_path, FakeHost(processes))
+        save_run(machine.paths, RunRecord(run_id="a", num_rounds=2, state="running"))
+        start_server(machine, build_config(free_port), ignore)
+    assert get_run(machine.paths, "a").reason == "the server went away"
+
+
+def start_with_gateway(
+    machine: Machine, port: int, uri: str = "sim:touch-red", **values: object
+) -> None:
+    config = ClientConfig.model_validate(
+        {"server": f"127.0.0.1:{port}", "dataset_uri": uri, "start_deadline_s": 5, **values}
+    )
+    start_client(machine, config, ignore)
+
+
+def test_clients_get_ports_of_their_own(tmp_path: Path, free_port: FreePort) -> None:
+    port = free_port()
+    with fake_processes() as processes:
+        processes.listen(port)
+        machine = build_fake_machine(tmp_path, FakeHost(processes))
+        first = free_port()
+        start_with_gateway(machine, port, name="Red Arm", first_port=first)
+        start_with_gateway(machine, port, name="green", first_port=first)
+        specs = [find_session(machine.paths.client_dir(slug)) for slug in ("red-arm", "green")]
+        assert len({port for spec in specs if spec for port in spec.ports}) == 4
+        saved = read_json(client_config(machine.paths.client_dir("red-arm")))
+        assert saved["name"] == "Red Arm"
+        with pytest.raises(SessionExistsError, match="client 'green' is already running"):
+            start_with_gateway(machine, port, name="green")
+        assert stop_client(machine, "green").session == "zk0-client-green"
+
+
+def test_the_trainers_own_reason_is_the_error(tmp_path: Path, free_port: FreePort) -> None:
+    def fail(process: ProcessSpec) -> None:
+        if process.name == "trainer":
+            state = TrainerState(
+                state="failed",
+                error_code="bad_data",
+                error_message="videos/a.mp4 is missing",
+                error_hint="copy it again",
+            )
+            write_json(trainer_state(process.cwd), state)
+
+    port = free_port()
+    with fake_processes() as processes:
+        processes.listen(port)
+        host = FakeHost(fail)
+        with pytest.raises(TrainerError, match=r"videos/a.mp4 is missing") as caught:
+            start_with_gateway(build_fake_machine(tmp_path, host), port)
+    assert (caught.value.hint, caught.value.remote_code) == ("copy it again", "bad_data")
+    assert host.sessions() == []
+
+
+def test_a_server_that_does_not_answer_is_named(tmp_path: Path, free_port: FreePort) -> None:
+    port = free_port()
+    with pytest.raises(ServiceError, match=f"no zk0bot server answers at 127.0.0.1:{port}"):
+        start_with_gateway(build_fake_machine(tmp_path, FakeHost()), port)
+
+
+def test_another_version_on_the_server_is_refused(tmp_path: Path, free_port: FreePort) -> None:
+    port = free_port()
+    with fake_processes(zk0bot_version="9.9.9") as processes:
+        processes.listen(port)
+        with pytest.raises(ServiceError, match=r"runs zk0bot 9\.9\.9, this machine"):
+            start_with_gateway(build_fake_machine(tmp_path, FakeHost()), port)
+
+
+def test_a_missing_local_folder_is_refused_at_once(tmp_path: Path, free_port: FreePort) -> None:
+    with pytest.raises(ConfigError, match="there is no folder"):
+        start_with_gateway(
+            build_fake_machine(tmp_path, FakeHost()), free_port(), f"local:{tmp_path}/absent"
+        )
+
+
+@pytest.mark.parametrize("server", ["here", ":9092", "a:b", "a:0", "a:70000"])
+def test_an_address_that_is_none_is_refused(tmp_path: Path, server: str) -> None:
+    config = ClientConfig(server=server, dataset_uri="sim:touch-red")
+    with pytest.raises(ConfigError, match="is not HOST:PORT"):
+        start_client(build_fake_machine(tmp_path, FakeHost()), config, ignore)
+
+
+@pytest.mark.parametrize(
+    ("text", "slug"),
+    [
+        ("hf:owner/My_Data", "owner-my-data"),
+        ("local:/data/arm 1", "arm-1"),
+        ("sim:touch-red?seed=3", "sim-touch-red-seed-3"),
+        ("Red Arm", "red-arm"),
+    ],
+)
+def test_short_names(text: str, slug: str) -> None:
+    assert slug_of(text) == slug
+
+
+def test_a_client_is_found_by_slug_name_uri_or_alone(tmp_path: Path, free_port: FreePort) -> None:
+    port = free_port()
+    with fake_processes() as processes:
+        processes.listen(port)
+        machine = build_fake_machine(tmp_path, FakeHost(processes))
+        with pytest.raises(SessionAbsentError, match="no client runs here"):
+            find_client(machine, None)
+        start_with_gateway(machine, port, name="Red Arm")
+        for text in (None, "red-arm", "Red Arm", "sim:touch-red"):
+            assert find_client(machine, text) == "red-arm"
+        start_with_gateway(machine, port, "sim:touch-green", name="green")
+        with pytest.raises(ConfigError, match="2 clients run here: green, red-arm"):
+            find_client(machine, None)
+        with pytest.raises(UnknownNameError) as caught:
+            find_client(machine, "gren")
+        assert caught.value.hint == "did you mean 'green'?"
