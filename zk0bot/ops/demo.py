@@ -152,12 +152,14 @@ class _Demo:
     clock: _Clock = field(default_factory=_Clock)
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8))
     _children: list[Child] = field(default_factory=list)
+    _data_since: float = 0.0
+    """When the first client began with its data."""
     _is_kept: bool = False
 
     def carry_out(self) -> DemoResult:
         self._forget_last_time()
-        baselines = self._start()
-        run, round_s = self._run_rounds()
+        submitted, baselines = self._start()
+        run, round_s = self._watch(submitted)
         scores = self._compare(baselines, run)
         return self._report(run, scores, round_s)
 
@@ -176,8 +178,11 @@ class _Demo:
         for folder in (self.machine.paths.server_dir, self.machine.paths.clients_dir):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _start(self) -> Child:
-        """Server and clients, all at once, until everybody has its data; baselines meanwhile."""
+    def _start(self) -> tuple[RunRecord, Child]:
+        """Server, clients, run and baselines, all at once, until every client has its data.
+
+        The run waits for the clients, as any run does.
+        """
         self.view.phase(
             f"Starting a server and {len(self.owners)} clients; each client makes its own data"
         )
@@ -189,10 +194,11 @@ class _Demo:
         clients = [self._start_client(owner, f"{config.host}:{port}") for owner in self.owners]
         self._wait_for(server.done, [server, *clients])
         self.clock.add("start", begun, time.time())
+        run = runs.submit_run(self.machine, build_run_config(self.options))
         child = self._start_comparison("baselines", baseline_plan(self.options, self._paths))
-        self._wait_for(lambda: all(client.done() for client in clients), [*clients])
-        self.clock.add("data", begun, time.time())
-        return child
+        self._wait_for(lambda: all(client.done() for client in clients), clients)
+        self.clock.add("data", self._data_since or begun, time.time())
+        return run, child
 
     def _start_client(self, owner: Owner, server: str) -> Future[None]:
         config = build_client_config(owner, self.options, server)
@@ -202,21 +208,17 @@ class _Demo:
     def _await_client(self, owner: Owner, config: ClientConfig) -> None:
         services.wait_for_client(self.machine, owner.colour, config, _ignore)
 
-    def _run_rounds(self) -> tuple[RunRecord, list[float]]:
+    def _watch(self, submitted: RunRecord) -> tuple[RunRecord, list[float]]:
         """The run's last record, and the wall seconds of each round."""
-        config = build_run_config(self.options)
-        self.view.phase(f"{config.num_server_rounds} rounds of {config.local_steps} steps each")
+        steps = build_run_config(self.options).local_steps
+        self.view.phase(f"{submitted.num_rounds} rounds of {steps} steps each")
+        run, begun, ends = submitted, 0.0, list[float]()
         with self.clock.measure("rounds"):
-            submitted = runs.submit_run(self.machine, config)
-            return self._watch(submitted.run_id)
-
-    def _watch(self, run_id: str) -> tuple[RunRecord, list[float]]:
-        begun, ends = 0.0, list[float]()
-        for run in runs.watch(self.machine, run_id):
-            if run.round and not begun:
-                begun = time.time()
-            ends += [time.time()] * (run.rounds_done - len(ends))
-            self.view.run(run)
+            for run in runs.watch(self.machine, submitted.run_id):
+                if run.round and not begun:
+                    begun = time.time()
+                ends += [time.time()] * (run.rounds_done - len(ends))
+                self.view.run(run)
         begins = [begun, *ends][: len(ends)]
         return run, [end - begin for begin, end in zip(begins, ends, strict=True)]
 
@@ -290,7 +292,10 @@ class _Demo:
             for future in futures:
                 if future.done():
                     future.result()
-            self.view.bars([self._trainer_bar(owner) for owner in self.owners])
+            bars = [self._trainer_bar(owner) for owner in self.owners]
+            if any(bar.total for bar in bars):
+                self._data_since = self._data_since or time.time()
+            self.view.bars(bars)
             time.sleep(POLL_S)
         for future in futures:
             if future.done():
