@@ -26,7 +26,8 @@ def follow(show: Show, records: Iterable[RunRecord]) -> RunRecord:
 def render(run: RunRecord) -> Group:
     """The picture of one record."""
     head = Text(f"run {run.run_id}  {run.state}", style="bold")
-    bar = ProgressBar(total=run.num_rounds, completed=run.rounds_done, width=40)
+    bar = Table.grid()
+    bar.add_row(ProgressBar(total=run.num_rounds, completed=run.rounds_done, width=60))
     return Group(head, bar, Text(describe_round(run)), _client_table(run))
 
 
@@ -51,12 +52,12 @@ def _follow_plainly(show: Show, records: Iterable[RunRecord]) -> RunRecord:
 
 
 def _client_table(run: RunRecord) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table = Table.grid(padding=(0, 2, 0, 0))
     for client in run.clients:
         share = client.step / client.steps if client.steps else 0.0
         table.add_row(
             client.name,
-            ProgressBar(total=1.0, completed=share, width=20),
+            ProgressBar(total=1.0, completed=share, width=16),
             Text(describe_client(client), style=_PHASE_STYLES.get(client.phase, "")),
         )
     return table
