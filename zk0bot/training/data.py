@@ -61,6 +61,11 @@ class Dataset:
     def num_episodes(self) -> int:
         return self.recording.num_episodes
 
+    @property
+    def is_decoded(self) -> bool:
+        """Whether all pictures lie in memory."""
+        return all(pictures.is_decoded for pictures in self.pictures.values())
+
 
 class Pictures:
     """One camera's frames, decoded once when they fit into memory, else when asked for."""
@@ -74,6 +79,10 @@ class Pictures:
     def num_bytes(self) -> int:
         height, width = self._footage.size
         return len(self._footage.number_N) * 3 * height * width
+
+    @property
+    def is_decoded(self) -> bool:
+        return self._cache is not None
 
     def decode_all(self) -> None:
         """Keep all frames in memory from now on."""

@@ -3,8 +3,9 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,6 +146,28 @@ def batch_order(num_frames: int, batch_size: int, step: int, seed: Sequence[int]
     }
     places = [orders[e][k] for e, k in zip(epochs, wanted % num_frames, strict=True)]
     return np.array(places, dtype=np.int64)
+
+
+@contextmanager
+def drawn_ahead(
+    draw: Callable[[int], Batch], steps: int, workers: int
+) -> Iterator[Callable[[int], Batch]]:
+    """``draw``, with the next batches made in threads while the device works on this one.
+
+    For pictures that are decoded from disk. The batches are the same: each is a pure function of
+    its step. Steps are asked for in ascending order.
+    """
+    waiting: dict[int, Future[Batch]] = {}
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+
+        def get(step: int) -> Batch:
+            for ahead in range(step, min(steps, step + workers + 1)):
+                if ahead not in waiting:
+                    waiting[ahead] = pool.submit(draw, ahead)
+            return waiting.pop(step).result()
+
+        yield get
+        pool.shutdown(cancel_futures=True)
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

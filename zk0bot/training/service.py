@@ -1,10 +1,12 @@
 """What a warm trainer does with each request: policy and data stay loaded between them."""
 
+import contextlib
 import functools
 import hashlib
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +30,7 @@ from zk0bot.training.evaluation import (
     stratified_frames,
 )
 from zk0bot.training.exchange import Exchange
-from zk0bot.training.loop import TrainOutcome, TrainPlan, batch_order, train_steps
+from zk0bot.training.loop import TrainOutcome, TrainPlan, batch_order, drawn_ahead, train_steps
 from zk0bot.training.policy import (
     TINY_NAME,
     base_hash,
@@ -71,6 +73,8 @@ logger = logging.getLogger(__name__)
 
 OWN = "own"
 """Stands for a node's own statistics where agreed ones are told apart by their hash."""
+MAX_DECODERS = 8
+"""Threads that decode pictures, where these do not fit into memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +140,14 @@ class Service:
         ``in_use`` names the files of this and the waiting requests.
         """
         self._exchange.sweep(in_use)
-        return self._dispatch(request)
+        try:
+            return self._dispatch(request)
+        except torch.cuda.OutOfMemoryError as error:
+            self._loaded = None
+            torch.cuda.empty_cache()
+            raise ModelError(
+                f"out of memory: {error}", hint="end other programs on this device, or set device"
+            ) from error
 
     @functools.singledispatchmethod
     def _dispatch(self, request: Message) -> Message:
@@ -344,19 +355,24 @@ class Service:
         dataset = feed.dataset
         key = (seed, dataset.fingerprint, round_)
 
-        def draw(step: int) -> Batch:
+        def draw_one(step: int) -> Batch:
             places = batch_order(len(dataset.train), plan.batch_size, step, key)
             return with_noise(feed.batch(dataset.train[places]), feed.noise_shape, (*key, step))
 
+        draw: Callable[[int], Batch] = draw_one
         self._reporter.set_state("working", "training")
         self._reporter.begin_order("training", run_id=run_id, round_=round_, steps=plan.steps)
-        outcome = train_steps(
-            loaded.policy,
-            draw,
-            plan,
-            loss_sum=flow_loss_sum,
-            progress=lambda step, loss: self._reporter.step(step, loss.item),
-        )
+        with contextlib.ExitStack() as stack:
+            if not dataset.is_decoded:
+                workers = min(MAX_DECODERS, os.cpu_count() or 1)
+                draw = stack.enter_context(drawn_ahead(draw, plan.steps, workers))
+            outcome = train_steps(
+                loaded.policy,
+                draw,
+                plan,
+                loss_sum=flow_loss_sum,
+                progress=lambda step, loss: self._reporter.step(step, loss.item),
+            )
         self._reporter.end_order()
         return outcome
 

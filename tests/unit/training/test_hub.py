@@ -44,10 +44,12 @@ def test_a_dataset_is_downloaded_once(hub: Hub, tmp_path: Path, dataset_root: Pa
     assert str(first).startswith(str(tmp_path))
 
 
-def test_a_pinned_commit_is_asked_for(hub: Hub, tmp_path: Path) -> None:
-    assert COMMIT in str(fetch_dataset("hf:owner/name", tmp_path, revision=COMMIT))
-    with pytest.raises(DataError, match="cannot be had"):
-        fetch_dataset("hf:owner/name", tmp_path, revision="f" * 40)
+@pytest.mark.parametrize("revision", ["v3.0", COMMIT])
+def test_a_pinned_revision_is_asked_for(revision: str, hub: Hub, tmp_path: Path) -> None:
+    assert COMMIT in str(fetch_dataset("hf:owner/name", tmp_path, revision=revision))
+    kinds = {path.split("/")[4] for path in hub.asked if path.startswith("api/")}
+    assert kinds == ({"tree"} if revision == COMMIT else {"revision", "tree"})
+    assert (f"api/datasets/owner/name/revision/{revision}" in hub.asked) == (revision != COMMIT)
 
 
 def test_a_dataset_that_is_not_there_is_named(hub: Hub, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from zk0bot.training.loop import (
     TrainOutcome,
     TrainPlan,
     batch_order,
+    drawn_ahead,
     learning_rate_at,
     train_steps,
 )
@@ -168,6 +169,15 @@ def test_a_loss_that_is_no_number_stops_the_round(value: float) -> None:
 
     with pytest.raises(ModelError, match=r"training diverged: loss (nan|inf).* in step 3 of 4"):
         train_steps(HungryPolicy(1), draw, plan, loss_sum=squared_distance_sum)
+
+
+def test_batches_drawn_ahead_are_the_same() -> None:
+    def draw(step: int) -> Batch:
+        return targets(torch.from_numpy(batch_order(80, 4, step, (0,))).float())
+
+    with drawn_ahead(draw, 7, workers=3) as get:
+        ahead = [get(step) for step in range(7)]
+    assert all(torch.equal(ahead[k]["action"], draw(k)["action"]) for k in range(7))
 
 
 def test_progress_tells_every_step() -> None:
