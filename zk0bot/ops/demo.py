@@ -264,7 +264,8 @@ class _Demo:
         self, run: RunRecord, scores: Mapping[str, PolicyScore], round_s: list[float]
     ) -> DemoResult:
         """Write figures, chart and page while the services stop."""
-        self.view.phase("Writing the report and stopping what was started")
+        kept = "keeping the federation" if self.options.keep else "stopping what was started"
+        self.view.phase(f"Writing the report, {kept}")
         folder = Path(run.output_dir)
         result = build_result(self.options, run, scores, round_s)
         with self.clock.measure("report"):

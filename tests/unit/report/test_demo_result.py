@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from html.parser import HTMLParser
 
 import pytest
 
@@ -114,6 +115,34 @@ def test_the_summary_gives_measured_bytes(
     build_results: BuildResults, build_result: BuildResult
 ) -> None:
     assert any("72.6 MB" in line for line in build_summary(build_result(build_results())))
+
+
+class Nesting(HTMLParser):
+    """Raises AssertionError when an element is closed that is not the open one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_with_and_without_films(
+    build_result: BuildResult, build_results: BuildResults
+) -> None:
+    result = build_result(build_results())
+    film = Film(path="a.mp4", caption="red alone")
+    for films in ([], [film, film]):
+        page = build_page(result.model_copy(update={"films": films}), chart_png=b"")
+        nesting = Nesting()
+        nesting.feed(page)
+        assert nesting.open == []
+        assert page.count("<video") == len(films)
 
 
 def test_the_page_escapes_everything_and_fetches_nothing(
