@@ -92,11 +92,6 @@ def load_paths() -> Paths:
     return Paths(Path(home).expanduser().absolute() if home else Path.home() / ".zk0bot")
 
 
-def client_dir_from_environment() -> Path:
-    """The client's private folder, where a ClientApp runs; ``ops.specs`` sets it."""
-    return Path(os.environ["ZK0BOT_CLIENT_DIR"])
-
-
 def load_client_dir() -> Path:
     """The private folder of the client that this process belongs to (``ZK0BOT_CLIENT_DIR``)."""
     try:
@@ -113,10 +108,15 @@ def inherited_environment() -> dict[str, str]:
 
 
 def find_secrets(paths: Paths) -> dict[str, str]:
-    """Tokens from the environment, and ``hf_token`` in the state root where it names none."""
+    """Tokens from the environment, and ``hf_token`` in the state root where it names none.
+
+    Raises ConfigError when other users can read that file.
+    """
     secrets = {name: os.environ[name] for name in SECRETS if os.environ.get(name)}
     token_path = paths.root / "hf_token"
     if "HF_TOKEN" not in secrets and token_path.is_file():
+        if token_path.stat().st_mode & 0o077:
+            raise ConfigError(f"other users can read {token_path}", hint=f"chmod 600 {token_path}")
         secrets["HF_TOKEN"] = token_path.read_text().strip()
     return secrets
 

@@ -77,15 +77,28 @@ class Cohort:
             return error.message
         if why := self._objection(description):
             return f"{description.name}: {why}"
+        self._retire(description.dataset_id)
         self.members[reply.node_id] = description
         logger.info("node %s is %s", reply.node_id, description.name)
         return ""
+
+    def _retire(self, dataset_id: str) -> None:
+        """Forget the node id under which a client that came back was known before."""
+        former = [n for n, member in self.members.items() if member.dataset_id == dataset_id]
+        for node_id in former:
+            name = self.members.pop(node_id).name
+            self.refused[node_id] = f"{name}: came back under another node id"
 
     def _objection(self, description: NodeDescription) -> str:
         if description.zk0bot_version != __version__:
             return f"runs zk0bot {description.zk0bot_version}, the server {__version__}"
         if description.base_hash != self.base_hash:
             return "holds another base model than the server"
+        if any(
+            member.name == description.name and member.dataset_id != description.dataset_id
+            for member in self.members.values()
+        ):
+            return "another client has this name; start it with another --name"
         if description.num_train_frames < 1:
             return "has no training frames"
         if self.config.statistics == "pooled" and description.statistics is None:

@@ -7,11 +7,11 @@ import pytest
 from zk0bot.config.load import (
     NOT_SUPPORTED_YET,
     Sources,
-    client_dir_from_environment,
     find_secrets,
     inherited_environment,
     load_catalogue,
     load_client,
+    load_client_dir,
     load_paths,
     load_run,
     load_server,
@@ -216,6 +216,11 @@ def test_the_token_comes_from_the_environment_or_the_file(
     paths = Paths(tmp_path)
     assert find_secrets(paths) == {}
     (tmp_path / "hf_token").write_text("hf_file\n")
+    (tmp_path / "hf_token").chmod(0o640)
+    with pytest.raises(ConfigError, match="other users can read") as caught:
+        find_secrets(paths)
+    assert caught.value.hint == f"chmod 600 {tmp_path / 'hf_token'}"
+    (tmp_path / "hf_token").chmod(0o600)
     assert find_secrets(paths) == {"HF_TOKEN": "hf_file"}
     monkeypatch.setenv("HF_TOKEN", "hf_env")
     assert find_secrets(paths) == {"HF_TOKEN": "hf_env"}
@@ -223,4 +228,4 @@ def test_the_token_comes_from_the_environment_or_the_file(
 
 def test_the_client_folder_is_told_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZK0BOT_CLIENT_DIR", "/a/b")
-    assert client_dir_from_environment() == Path("/a/b")
+    assert load_client_dir() == Path("/a/b")

@@ -226,6 +226,21 @@ def test_a_node_that_does_not_fit_is_refused_by_name(
         federation(tmp_path, nodes, wait_deadline_s=5).run()
 
 
+def test_two_clients_may_not_have_one_name(tmp_path: Path) -> None:
+    twin = describe("red").model_copy(update={"dataset_id": "other"})
+    nodes = {1: node(describe("red"), 1.0), 2: node(twin, 1.0)}
+    with pytest.raises(DeadlineError, match="red: another client has this name"):
+        federation(tmp_path, nodes, wait_deadline_s=5).run()
+
+
+def test_a_client_that_came_back_under_a_new_node_id_counts_once(tmp_path: Path) -> None:
+    red, green = describe("red"), describe("green")
+    nodes = {1: node(red, 1.0), 2: node(red, 1.0), 3: node(green, 1.0)}
+    run = federation(tmp_path, nodes)
+    run.run()
+    assert [outcome.asked for outcome in run.outcomes] == [2, 2]
+
+
 def test_local_statistics_stay_at_home(tmp_path: Path) -> None:
     nodes = {1: node(describe("red"), 1.0), 2: node(describe("green", with_statistics=False), 1.0)}
     settings = {"statistics": "local", "eval_datasets": (), "wait_deadline_s": 5}
