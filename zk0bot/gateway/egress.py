@@ -6,6 +6,7 @@ for the owner: whether the server answers, this node's id, bytes each way.
 
 import argparse
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -33,6 +34,8 @@ from zk0bot.gateway.forward import (
 )
 from zk0bot.records import GatewayHealth, LinkState, NodeProgress, now
 from zk0bot.version import __version__
+
+logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
 GREET_S = 10.0
@@ -70,10 +73,17 @@ class Egress:
         while True:
             await self._greet()
             await self._report_progress()
-            if self._link != self._written:
-                write_json(link_state(self._client_dir), self._link)
-                self._written = self._link
+            self._save_link()
             await asyncio.sleep(TICK_S)
+
+    def _save_link(self) -> None:
+        if self._link == self._written:
+            return
+        try:
+            write_json(link_state(self._client_dir), self._link)
+        except OSError as error:  # a full disk must not cut the node off
+            logger.warning("link state not written: %s", error)
+        self._written = self._link
 
     async def _activate(self, request: Request) -> Response:
         try:
