@@ -122,7 +122,6 @@ def build_order(
         weights_path=weights.weights_path,
         statistics=node.statistics,
         local_steps=steps,
-        local_epochs=0,
         batch_size=8,
         learning_rate=RATE,
         proximal_mu=0,

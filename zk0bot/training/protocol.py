@@ -87,9 +87,8 @@ class TrainRequest(Message):
     """The global trainable tensors (safetensors, float32)."""
     statistics: DatasetStatistics | None
     """Agreed ones; None: the node's own (``local`` policy)."""
-    local_steps: int = Field(ge=0)
-    local_epochs: int = Field(ge=0)
-    """Counts instead of local_steps where above 0."""
+    local_steps: int = Field(ge=1)
+    """Optimizer steps; the server counts them, so that both sides mean the same number."""
     batch_size: int = Field(ge=1)
     learning_rate: LearningRate
     proximal_mu: float = Field(ge=0)

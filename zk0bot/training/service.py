@@ -181,7 +181,7 @@ class Service:
         if request.evaluate_first and len(frames):
             loss = self._heldout_loss(loaded, feed, frames, request.run_id, request.round)
         plan = TrainPlan(
-            steps=_num_steps(request, len(dataset.train)),
+            steps=request.local_steps,
             batch_size=request.batch_size,
             learning_rate=request.learning_rate,
             proximal_mu=request.proximal_mu,
@@ -456,14 +456,6 @@ def _num_threads(policy: PolicyConfig, device: torch.device) -> int:
     if device.type == "cpu":
         logger.warning("%s trains on the CPU: this takes very long", policy.model_name)
     return os.cpu_count() or 1
-
-
-def _num_steps(request: TrainRequest, num_frames: int) -> int:
-    if request.local_epochs:
-        return math.ceil(request.local_epochs * num_frames / request.batch_size)
-    if request.local_steps == 0:
-        raise ConfigError("neither local-steps nor local-epochs is above 0")
-    return request.local_steps
 
 
 def _norm(tensors: dict[str, Tensor]) -> float:
