@@ -30,6 +30,10 @@ class FakeHost:
         self.started: list[str] = []
         """``session:process`` in start order, restarts included."""
 
+    def play(self, on_start: Callable[[ProcessSpec], None]) -> None:
+        """From now on ``on_start`` plays the processes."""
+        self._on_start = on_start
+
     def sessions(self) -> list[str]:
         return list(self.running)
 

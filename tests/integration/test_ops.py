@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -192,6 +193,63 @@ def test_what_outlives_tmux_is_found_and_ended(machine: Machine) -> None:
     report = stop_server(machine)
     assert len(report.pids) >= 1
     assert find_started(spec.dir) == []
+
+
+def test_a_session_is_not_taken_for_one_whose_name_begins_the_same(machine: Machine) -> None:
+    spec = start(machine, python(machine, "sleeper", SLEEP))
+    for prefix in ("zk0-serve", "zk0"):
+        assert machine.host.panes(prefix) == []
+        machine.host.end(prefix)
+    assert machine.host.sessions() == [spec.name]
+    assert [pane.name for pane in machine.host.panes(spec.name)] == ["sleeper"]
+
+
+def test_ending_an_absent_session_keeps_the_socket_of_a_running_one(machine: Machine) -> None:
+    start(machine, python(machine, "sleeper", SLEEP))
+    machine.host.end("zk0-other")
+    assert socket_path(machine.paths.tmux_socket, inherited_environment()).exists()
+
+
+class ForgetfulHost(TmuxHost):
+    """Does not know how a process ended until it is reminded of it."""
+
+    is_reminded = False
+
+    def _ask(self, *arguments: str) -> list[str]:
+        if arguments[0] == "display-message":
+            self.is_reminded = True
+            return [str(os.getpid())]  # SIGCHLD does nothing here
+        return ["brief\t1\t1\t3\t" if self.is_reminded else "brief\t1\t1\t\t"]
+
+
+def test_a_missed_exit_status_is_asked_for_again() -> None:
+    (pane,) = ForgetfulHost("zk0-forgetful", {}).panes("any")
+    assert (pane.is_dead, pane.exit_status) == (True, 3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_start_that_a_signal_ends_leaves_nothing(
+    machine: Machine,
+    free_port: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    monkeypatch.setenv("ZK0BOT_PORT", str(free_port()))
+    monkeypatch.setenv("ZK0BOT_SUPERLINK_PORT", str(free_port()))
+    program = Path(sys.executable).with_name("zk0bot")
+    with subprocess.Popen(
+        [program, "server", "start", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as start_command:
+        wait_until(lambda: len(find_started(machine.paths.server_dir)) >= 3)
+        start_command.send_signal(number)
+        time.sleep(0.3)
+        start_command.send_signal(signal.SIGINT)  # the impatient
+        output = start_command.communicate(timeout=60)[0]
+    assert start_command.returncode == 130
+    assert json.loads(output)["error"]["code"] == "interrupted"
+    assert find_started(machine.paths.server_dir) == []
+    assert machine.host.sessions() == []
+    assert not socket_path(machine.paths.tmux_socket, inherited_environment()).exists()
 
 
 def test_secrets_reach_the_process_and_nobody_else(machine: Machine) -> None:

@@ -13,6 +13,7 @@ import typer.main
 
 from zk0bot.cli.show import Show
 from zk0bot.errors import Zk0Error
+from zk0bot.ops.interrupt import interruptible
 
 INTERRUPTED = 130
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
@@ -25,7 +26,7 @@ Exit status:
   3    run completed with warnings
   4    run failed
   5    run stopped
-  130  interrupted with Ctrl-C
+  130  interrupted with Ctrl-C, SIGTERM or SIGHUP
 
 State lies in ~/.zk0bot (ZK0BOT_HOME); results go to ./outputs. With --json, standard output is
 exactly one JSON document, errors included."""
@@ -104,7 +105,8 @@ def root() -> None:
 
 def main() -> None:
     """Entry point of the ``zk0bot`` program."""
-    app(prog_name="zk0bot")
+    with interruptible():
+        app(prog_name="zk0bot")
 
 
 def _wants_json(args: Sequence[str]) -> bool:

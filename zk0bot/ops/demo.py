@@ -6,7 +6,6 @@ server or client on this machine is not disturbed.
 
 import contextlib
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +32,7 @@ from zk0bot.ops.demo_plan import (
     policy_plan,
 )
 from zk0bot.ops.health import find_gateway
+from zk0bot.ops.interrupt import undisturbed
 from zk0bot.ops.process import free_ports
 from zk0bot.ops.services import Machine, StopReport
 from zk0bot.ops.specs import SERVER_SESSION, helper_process
@@ -58,7 +58,6 @@ from zk0bot.report.history import load_policy_losses
 
 FIRST_SERVER_PORT = 19092
 POLL_S = 0.2
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +94,11 @@ def run_demo(machine: Machine, options: DemoOptions, view: View) -> DemoResult:
     _refuse_unwritable(options.output)
     _refuse_second(machine)
     demo = _Demo(machine=machine, options=options, view=view, owners=choose_owners(options))
-    with _interruptible():
-        try:
-            return demo.carry_out()
-        finally:
-            with _undisturbed():
-                demo.close()
+    try:
+        return demo.carry_out()
+    finally:
+        with undisturbed():
+            demo.close()
 
 
 def demo_root(root: Path) -> Path:
@@ -476,34 +474,6 @@ def _refuse_second(machine: Machine) -> None:
             f"a demonstration is running already (state in {machine.paths.root})",
             hint="zk0bot demo --stop",
         )
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the demonstration as Ctrl-C does."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    with _handling(dict.fromkeys(_SIGNALS, interrupt)):
-        yield
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Stopping is not interrupted by a second Ctrl-C."""
-    with _handling(dict.fromkeys(_SIGNALS, signal.SIG_IGN)):
-        yield
-
-
-@contextlib.contextmanager
-def _handling(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _ignore(text: str) -> None:

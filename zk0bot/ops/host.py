@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +34,8 @@ _NOTHING_THERE = re.compile(
     re.IGNORECASE,
 )
 _REMIND_S = 0.05
+_EXIT_S = 2.0
+"""A tmux server without sessions is gone well within this."""
 _FORMAT = "\t".join(
     f"#{{{name}}}"
     for name in ("window_name", "pane_pid", "pane_dead", "pane_dead_status", "pane_dead_signal")
@@ -83,9 +86,11 @@ class TmuxHost:
 
     def panes(self, session: str) -> list[Pane]:
         """The processes of ``session``; none when it is not there."""
-        return [
-            _parse(line) for line in self._ask("list-panes", "-s", "-t", session, "-F", _FORMAT)
-        ]
+        panes = self._list(session)
+        if any(pane.is_dead and pane.exit_status is None for pane in panes):
+            self._remind()
+            panes = self._list(session)
+        return panes
 
     def start(self, session: SessionSpec, processes: Sequence[ProcessSpec]) -> None:
         """Open a window for each process, in ``session``, which is made if it is not there."""
@@ -107,16 +112,21 @@ class TmuxHost:
 
     def end(self, session: str) -> None:
         """Close ``session``; after the last one nothing of this tmux server is left."""
-        self._ask("kill-session", "-t", f"={session}")
-        if not self.sessions():
-            socket_path(self._socket, self._env).unlink(missing_ok=True)
+        self._ask("kill-session", "-t", f"={session}:")
+        path = socket_path(self._socket, self._env)
+        end_at = time.monotonic() + _EXIT_S
+        while not self.sessions() and time.monotonic() < end_at:
+            if not _answers(path):
+                path.unlink(missing_ok=True)
+                return
+            time.sleep(_REMIND_S)  # a server that is ending, or one that has just begun
 
     def attach_command(self, session: str) -> list[str]:
         """Command line that shows ``session`` in a terminal."""
-        return ["tmux", "-L", self._socket, "attach-session", "-t", f"={session}"]
+        return ["tmux", "-L", self._socket, "attach-session", "-t", f"={session}:"]
 
     def _list(self, session: str) -> list[Pane]:
-        lines = self._ask("list-panes", "-s", "-t", f"={session}", "-F", _FORMAT)
+        lines = self._ask("list-panes", "-s", "-t", f"={session}:", "-F", _FORMAT)
         return [_parse(line) for line in lines]
 
     def _remind(self) -> None:
@@ -156,6 +166,16 @@ class TmuxHost:
 def socket_path(socket: str, env: Mapping[str, str]) -> Path:
     """Where tmux keeps the socket of this name; tmux itself leaves it there when it ends."""
     return Path(env.get("TMUX_TMPDIR", "/tmp")) / f"tmux-{os.getuid()}" / socket
+
+
+def _answers(path: Path) -> bool:
+    """Whether a server listens on this Unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
 
 
 def _launch_command(process: ProcessSpec) -> list[str]:

@@ -5,6 +5,7 @@ import fcntl
 import ipaddress
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from zk0bot.ops.health import (
     wait_until_ready,
 )
 from zk0bot.ops.host import Host
+from zk0bot.ops.interrupt import undisturbed
 from zk0bot.ops.process import end, find_started, free_ports, refuse_taken
 from zk0bot.ops.specs import (
     SERVER_SESSION,
@@ -108,31 +110,25 @@ def start_server(machine: Machine, config: ServerConfig, on_wait: OnWait) -> Ser
     all that was started has been stopped again.
     """
     _refuse_public(config.host)
-    with _exclusive(machine.paths.root):
-        _refuse_running(machine, SERVER_SESSION, "the server is already running",
-                        "zk0bot server stop")  # fmt: skip
-        _clear_leftovers(machine.paths.server_dir)
-        refuse_taken((config.port, config.superlink_port), hint="stop it, or set another port "
-                     "with ZK0BOT_PORT and ZK0BOT_SUPERLINK_PORT")  # fmt: skip
-        spec = server_session(machine.paths, config, machine.surroundings)
-        _prepare_server(machine, spec)
-        _open(machine, spec)
     checks = (
         check_superlink(config.superlink_port),
         check_gateway(config.host, config.port),
         _check_trainer("evaluator", machine.paths.evaluator_dir),
     )
-    _finish_start(machine, spec, checks, config.start_deadline_s, on_wait)
+    with _undone_on_failure(machine) as begun:
+        with exclusive(machine.paths.root):
+            _open_server(machine, config, begun)
+        _finish_start(machine, begun[0], checks, config.start_deadline_s, on_wait)
     return get_server_status(machine.paths, machine.host)
 
 
 def stop_server(machine: Machine) -> StopReport:
     """End the server's processes. Raises SessionAbsentError when there are none."""
-    with _exclusive(machine.paths.root):
+    with exclusive(machine.paths.root):
         report = _stop(machine, machine.paths.server_dir, SERVER_SESSION)
-    if report is None:
-        raise SessionAbsentError("the server is not running", hint="zk0bot server start")
-    record.close_active_runs(machine.paths, "stopped", "the server was stopped")
+        if report is None:
+            raise SessionAbsentError("the server is not running", hint="zk0bot server start")
+        record.close_active_runs(machine.paths, "stopped", "the server was stopped")
     return report
 
 
@@ -147,47 +143,46 @@ def start_client(
     slug = client_slug(config)
     _refuse_missing_data(config.dataset_uri)
     refuse_unreachable(config.server)
-    with _exclusive(machine.paths.root):
-        _refuse_running(
-            machine,
-            client_session_name(slug),
-            f"client {slug!r} is already running",
-            f"zk0bot client stop {slug}, or start another one with --name",
-        )
-        _clear_leftovers(machine.paths.client_dir(slug))
-        egress_port, runtime_port = free_ports(config.first_port, 2, _promised_ports(machine))
-        spec = client_session(
-            machine.paths,
-            slug,
-            config,
-            machine.surroundings,
-            egress_port=egress_port,
-            runtime_port=runtime_port,
-        )
-        _prepare_client(machine, spec, config)
-        _open(machine, spec)
-    if wait:
-        wait_for_client(machine, slug, config, on_wait)
+    with _undone_on_failure(machine) as begun:
+        with exclusive(machine.paths.root):
+            _open_client(machine, slug, config, begun)
+        if wait:
+            _await_client(machine, begun[0], config, on_wait)
     return get_client_status(machine.paths, slug, machine.host)
 
 
 def wait_for_client(machine: Machine, slug: str, config: ClientConfig, on_wait: OnWait) -> None:
     """Return when a client that was started has its data and is connected."""
-    service_dir = machine.paths.client_dir(slug)
-    spec = find_session(service_dir)
+    spec = find_session(machine.paths.client_dir(slug))
     if spec is None:
-        raise SessionAbsentError(f"client {slug!r} is not running")
-    checks = (_check_trainer("trainer", service_dir), _check_link(service_dir, config.server))
-    _finish_start(machine, spec, checks, config.start_deadline_s, on_wait)
+        raise SessionAbsentError(f"client {slug!r} is not running", hint="zk0bot client list")
+    with _undone_on_failure(machine) as begun:
+        begun.append(spec)
+        _await_client(machine, spec, config, on_wait)
 
 
 def stop_client(machine: Machine, slug: str) -> StopReport:
     """End one client's processes. Raises SessionAbsentError when there are none."""
-    with _exclusive(machine.paths.root):
+    with exclusive(machine.paths.root):
         report = _stop(machine, machine.paths.client_dir(slug), client_session_name(slug))
     if report is None:
         raise SessionAbsentError(f"client {slug!r} is not running", hint="zk0bot client list")
     return report
+
+
+@contextlib.contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """One start, stop or submission at a time below a state root.
+
+    Locks the folder, so that no file is left; not re-entrant.
+    """
+    private_dir(root)
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def get_status(machine: Machine) -> Status:
@@ -310,18 +305,6 @@ def _split_address(server: str) -> tuple[str, int]:
     return host, int(port)
 
 
-@contextlib.contextmanager
-def _exclusive(root: Path) -> Iterator[None]:
-    """One start or stop at a time below a state root; locks the folder, leaves no file."""
-    private_dir(root)
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _promised_ports(machine: Machine) -> list[int]:
     """Ports of running sessions, some of which may not listen yet."""
     folders = [machine.paths.server_dir]
@@ -357,18 +340,58 @@ def _prepare(machine: Machine, spec: SessionSpec) -> None:
     shutil.rmtree(flower_home(spec.dir), ignore_errors=True)
     private_dir(flower_home(spec.dir))
     supervisor_path(spec.dir).unlink(missing_ok=True)
+    write_json(session_path(spec.dir), spec, mode=0o600)
     write_json(secrets_path(spec.dir), dict(machine.secrets), mode=0o600)
     for process in spec.processes:
         if process.log_path.exists():
             process.log_path.replace(process.log_path.with_suffix(".log.1"))
         write_json(process.spec_path, process, mode=0o600)
-    write_json(session_path(spec.dir), spec, mode=0o600)
+
+
+def _open_server(machine: Machine, config: ServerConfig, begun: list[SessionSpec]) -> None:
+    _refuse_running(machine, SERVER_SESSION, "the server is already running", "zk0bot server stop")
+    _clear_leftovers(machine.paths.server_dir)
+    refuse_taken((config.port, config.superlink_port), hint="stop it, or set another port "
+                 "with ZK0BOT_PORT and ZK0BOT_SUPERLINK_PORT")  # fmt: skip
+    spec = _identify(server_session(machine.paths, config, machine.surroundings))
+    begun.append(spec)
+    _prepare_server(machine, spec)
+    _open(machine, spec)
+
+
+def _open_client(
+    machine: Machine, slug: str, config: ClientConfig, begun: list[SessionSpec]
+) -> None:
+    _refuse_running(
+        machine,
+        client_session_name(slug),
+        f"client {slug!r} is already running",
+        f"zk0bot client stop {slug}, or start another one with --name",
+    )
+    _clear_leftovers(machine.paths.client_dir(slug))
+    egress_port, runtime_port = free_ports(config.first_port, 2, _promised_ports(machine))
+    ports = {"egress_port": egress_port, "runtime_port": runtime_port}
+    spec = _identify(client_session(machine.paths, slug, config, machine.surroundings, **ports))
+    begun.append(spec)
+    _prepare_client(machine, spec, config)
+    _open(machine, spec)
+
+
+def _identify(spec: SessionSpec) -> SessionSpec:
+    """``spec`` as one start of its own, which no later start of the same service equals."""
+    return spec.model_copy(update={"start_id": secrets.token_hex(8)})
 
 
 def _open(machine: Machine, spec: SessionSpec) -> None:
     """Start all but the supervisor: until the service is ready, a dead process is a failure."""
-    with _undone_on_failure(machine, spec):
-        machine.host.start(spec, spec.processes[:-1])
+    machine.host.start(spec, spec.processes[:-1])
+
+
+def _await_client(
+    machine: Machine, spec: SessionSpec, config: ClientConfig, on_wait: OnWait
+) -> None:
+    checks = (_check_trainer("trainer", spec.dir), _check_link(spec.dir, config.server))
+    _finish_start(machine, spec, checks, config.start_deadline_s, on_wait)
 
 
 def _finish_start(
@@ -378,24 +401,31 @@ def _finish_start(
     deadline_s: float,
     on_wait: OnWait,
 ) -> None:
-    with _undone_on_failure(machine, spec):
-        wait_until_ready(
-            checks,
-            lambda: machine.host.panes(spec.name),
-            spec,
-            deadline_s=deadline_s,
-            on_wait=on_wait,
-        )
-        machine.host.start(spec, spec.processes[-1:])
+    wait_until_ready(
+        checks,
+        lambda: machine.host.panes(spec.name),
+        spec,
+        deadline_s=deadline_s,
+        on_wait=on_wait,
+    )
+    machine.host.start(spec, spec.processes[-1:])
 
 
 @contextlib.contextmanager
-def _undone_on_failure(machine: Machine, spec: SessionSpec) -> Iterator[None]:
-    """Stop what was started when the start fails or is interrupted."""
+def _undone_on_failure(machine: Machine) -> Iterator[list[SessionSpec]]:
+    """Collects what the body starts; stops it when the body fails or is interrupted.
+
+    Another signal does not disturb that, and a service that was meanwhile stopped and started
+    again by somebody else is left alone.
+    """
+    begun: list[SessionSpec] = []
     try:
-        yield
+        yield begun
     except BaseException:
-        _stop(machine, spec.dir, spec.name)
+        with undisturbed(), exclusive(machine.paths.root):
+            for spec in begun:
+                if find_session(spec.dir) == spec:
+                    _stop(machine, spec.dir, spec.name)
         raise
 
 

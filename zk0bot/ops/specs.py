@@ -62,6 +62,8 @@ class SessionSpec(Record):
     """HOST:PORT that clients reach: this server's, or the one a client connects to."""
     processes: tuple[ProcessSpec, ...]
     """In start order; the supervisor is the last."""
+    start_id: str = ""
+    """Tells one start of a service from the next."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,6 +111,39 @@ def test_a_failed_start_leaves_nothing_running(tmp_path: Path, free_port: FreePo
     assert (host.sessions(), find_session(tmp_path / "server")) == ([], None)
 
 
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_start_leaves_nothing_running(
+    tmp_path: Path, free_port: FreePort, interruption: type[BaseException]
+) -> None:
+    def interrupt(text: str) -> None:
+        raise interruption
+
+    host = FakeHost()
+    with pytest.raises(interruption):
+        start_server(build_fake_machine(tmp_path, host), build_config(free_port), interrupt)
+    assert (host.sessions(), find_session(tmp_path / "server")) == ([], None)
+    assert not (tmp_path / "server" / "secrets.json").exists()
+
+
+def test_a_failing_start_leaves_a_newer_one_alone(tmp_path: Path, free_port: FreePort) -> None:
+    config = build_config(free_port)
+    host = FakeHost()
+    machine = build_fake_machine(tmp_path, host)
+    with fake_processes() as processes:
+
+        def stop_and_start_again(text: str) -> None:
+            stop_server(machine)
+            again = build_fake_machine(tmp_path, host)
+            host.play(processes)
+            start_server(again, config, ignore)
+            raise ServiceError("the first start fails late")
+
+        with pytest.raises(ServiceError, match="fails late"):
+            start_server(machine, config, stop_and_start_again)
+    assert host.sessions() == ["zk0-server"]
+    assert len(host.panes("zk0-server")) == 5
+
+
 def test_stopping_the_server_closes_its_run(tmp_path: Path, free_port: FreePort) -> None:
     with fake_processes() as processes:
         machine = build_fake_machine(tmp_path, FakeHost(processes))

@@ -1,0 +1,54 @@
+"""Signals: one interrupts, the next ones do not, and what undoes is left in peace."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from zk0bot.ops.interrupt import SIGNALS, interruptible, undisturbed
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_only_the_first_signal_interrupts(number: signal.Signals) -> None:
+    before = [signal.getsignal(other) for other in SIGNALS]
+    finished = False
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            finished = True
+    assert finished
+    assert [signal.getsignal(other) for other in SIGNALS] == before
+
+
+def test_nohup_stays_in_force() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_undisturbed_ends_first() -> None:
+    with interruptible():
+        with undisturbed():
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_threads_need_no_peace() -> None:
+    entered: list[bool] = []
+
+    def work() -> None:
+        with undisturbed():
+            entered.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert entered == [True]
