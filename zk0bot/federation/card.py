@@ -1,6 +1,7 @@
 """The model card of a checkpoint: what it is, how it came about, how to load it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from zk0bot.config.models import RunConfig
 from zk0bot.version import __version__
@@ -8,10 +9,12 @@ from zk0bot.version import __version__
 
 def write_card(config: RunConfig, run_id: str, round_: int, losses: Mapping[int, float]) -> str:
     """Markdown with the figures known when the checkpoint was made; names no client or path."""
+    is_folder = Path(config.model_name).is_absolute()
+    model = Path(config.model_name).name if is_folder else config.model_name
     return f"""---
 library_name: lerobot
 tags: [robotics, smolvla, federated-learning, zk0bot]
-base_model: {config.model_name}
+base_model: {model}
 ---
 # SmolVLA, federated with zk0bot
 
@@ -20,7 +23,7 @@ Checkpoint after round {round_} of {config.num_server_rounds} of run `{run_id}`
 
 | Setting | Value |
 |---|---|
-| base model | `{config.model_name}` |
+| base model | `{model}` |
 | strategy | {config.strategy} |
 | local steps a round | {config.local_epochs or config.local_steps}\
 {" epochs" if config.local_epochs else ""} |

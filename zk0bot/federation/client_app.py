@@ -66,6 +66,9 @@ def _answer(message: FlowerMessage, work: Work) -> FlowerMessage:
         code = getattr(error, "remote_code", error.code)
         logger.error("%s (%s)", error.message, code)
         content = pack_failure(code, SENTENCES.get(code, "its trainer failed"))
+    except Exception:
+        logger.exception("order failed")
+        content = pack_failure("crashed", "its ClientApp failed; its own log says why")
     return FlowerMessage(content, reply_to=message)
 
 

@@ -3,16 +3,22 @@
 import logging
 import math
 import random
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from flwr.app import RecordDict
 
 from zk0bot.config.models import RunConfig
 from zk0bot.errors import UpdateError
 from zk0bot.federation.messages import unpack
-from zk0bot.federation.transport import Courier, Reply
+from zk0bot.federation.output import client_slug
+from zk0bot.federation.transport import Courier
 from zk0bot.training.protocol import DescribeRequest, NodeDescription, PolicySpec
 from zk0bot.version import __version__
 
 logger = logging.getLogger(__name__)
+ASK_AGAIN_S = 10.0
 
 
 @dataclass
@@ -24,6 +30,9 @@ class Cohort:
     base_hash: str
     members: dict[int, NodeDescription] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, tuple[str, float]] = field(default_factory=dict)
+    """Why a node could not describe itself, and when; it is asked again."""
+    clock: Callable[[], float] = time.monotonic
     asked: set[int] = field(default_factory=set)
     """Nodes whose description is on its way."""
 
@@ -33,6 +42,8 @@ class Cohort:
         deadline_s = self.config.wait_deadline_s
         for node_id in online:
             if node_id in self.members or node_id in self.refused or courier.is_busy(node_id):
+                continue
+            if node_id in self.failed and self.clock() - self.failed[node_id][1] < ASK_AGAIN_S:
                 continue
             why = courier.send(node_id, "query", request, group="0", deadline_s=deadline_s)
             if why:
@@ -44,7 +55,12 @@ class Cohort:
         """Admit or refuse the nodes whose descriptions have arrived; forget those that left."""
         for reply in courier.poll(sorted(self.asked)):
             self.asked.discard(reply.node_id)
-            if why := self._admit(reply):
+            if reply.content is None:
+                logger.warning("node %s did not describe itself: %s", reply.node_id, reply.failure)
+                self.failed[reply.node_id] = (reply.failure, self.clock())
+                continue
+            self.failed.pop(reply.node_id, None)
+            if why := self._admit(reply.node_id, reply.content):
                 logger.warning("node %s refused: %s", reply.node_id, why)
                 self.refused[reply.node_id] = why
 
@@ -67,19 +83,21 @@ class Cohort:
         by_name = sorted(available, key=lambda n: (self.members[n].name, n))
         return sorted(random.Random(f"{self.config.seed}/{round_}").sample(by_name, wanted))
 
-    def _admit(self, reply: Reply) -> str:
+    def objections(self) -> list[str]:
+        """Why nodes that are there do not take part."""
+        return [*self.refused.values(), *(why for why, _ in self.failed.values())]
+
+    def _admit(self, node_id: int, content: RecordDict) -> str:
         """Empty when the node is now a member, else why not."""
-        if reply.content is None:
-            return reply.failure
         try:
-            description = unpack(reply.content, NodeDescription)
+            description = unpack(content, NodeDescription)
         except UpdateError as error:
             return error.message
         if why := self._objection(description):
             return f"{description.name}: {why}"
         self._retire(description.dataset_id)
-        self.members[reply.node_id] = description
-        logger.info("node %s is %s", reply.node_id, description.name)
+        self.members[node_id] = description
+        logger.info("node %s is %s", node_id, description.name)
         return ""
 
     def _retire(self, dataset_id: str) -> None:
@@ -95,7 +113,8 @@ class Cohort:
         if description.base_hash != self.base_hash:
             return "holds another base model than the server"
         if any(
-            member.name == description.name and member.dataset_id != description.dataset_id
+            client_slug(member) == client_slug(description)
+            and member.dataset_id != description.dataset_id
             for member in self.members.values()
         ):
             return "another client has this name; start it with another --name"

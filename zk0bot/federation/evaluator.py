@@ -1,5 +1,6 @@
 """The server's warm process, asked for initial weights, evaluations and checkpoints."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from zk0bot.training.protocol import (
 INIT_DEADLINE_S = 900.0
 ASSESS_DEADLINE_S = 3600.0
 SAVE_DEADLINE_S = 600.0
+WEIGHTS_DIR = "weights"
 CURVE_SEED = 700_000
 """Scenes of the learning curve; the reported comparison uses others."""
 
@@ -44,10 +46,9 @@ class Evaluator:
 
     def assess(
         self,
-        weights: Tensors,
+        weights_path: Path,
         statistics: DatasetStatistics,
         *,
-        name: str,
         video_dir: Path,
         videos: int,
     ) -> AssessResult:
@@ -62,7 +63,7 @@ class Evaluator:
             )
         request = AssessRequest(
             spec=self.spec,
-            weights_path=str(self._store(weights, name)),
+            weights_path=str(weights_path),
             statistics=statistics,
             datasets=list(self.config.eval_datasets),
             eval_batches=self.config.eval_batches,
@@ -72,7 +73,7 @@ class Evaluator:
 
     def save(
         self,
-        weights: Tensors,
+        weights_path: Path,
         statistics: DatasetStatistics | None,
         output_dir: Path,
         *,
@@ -82,7 +83,7 @@ class Evaluator:
         """Write a LeRobot ``pretrained_model`` folder."""
         request = SaveRequest(
             spec=self.spec,
-            weights_path=str(self._store(weights, "checkpoint")),
+            weights_path=str(weights_path),
             statistics=statistics,
             output_dir=str(output_dir),
             card=card,
@@ -90,8 +91,13 @@ class Evaluator:
         )
         ask(self.directory, request, SaveResult, deadline_s=SAVE_DEADLINE_S)
 
-    def _store(self, weights: Tensors, name: str) -> Path:
-        path = private_dir(self.directory / "weights") / f"{name}.safetensors"
+    def clear(self) -> None:
+        """Forget the weights of earlier runs."""
+        shutil.rmtree(self.directory / WEIGHTS_DIR, ignore_errors=True)
+
+    def store(self, weights: Tensors, round_: int) -> Path:
+        """Write the weights after ``round_`` rounds where the warm process can read them."""
+        path = private_dir(self.directory / WEIGHTS_DIR) / f"round_{round_}.safetensors"
         with replacing(path, mode=0o600) as temporary:
             temporary.write_bytes(encode(weights))
         return path

@@ -22,9 +22,8 @@ def check_update(
     update = decode_like(blob, shapes)
     if not math.isfinite(result.loss):
         raise UpdateError(f"training loss is {result.loss}")
-    expected_steps = request.local_steps if not request.local_epochs else result.num_steps
-    if result.num_steps != expected_steps or result.num_steps < 1:
-        raise UpdateError(f"{result.num_steps} local steps where {expected_steps} were asked for")
+    if result.num_steps != request.local_steps:
+        raise UpdateError(f"{result.num_steps} local steps, {request.local_steps} were asked for")
     if not 0 < result.num_samples <= result.num_steps * request.batch_size:
         raise UpdateError(f"{result.num_samples} samples in {result.num_steps} steps")
     return update

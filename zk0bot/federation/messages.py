@@ -71,6 +71,13 @@ def unpack_blob(content: RecordDict) -> bytes:
     return bytes(array.data)
 
 
+def blob_size(content: RecordDict) -> int:
+    """Bytes of tensors in a message; 0 where there are none."""
+    if TENSORS not in content.array_records:
+        return 0
+    return sum(len(array.data) for array in content.array_records[TENSORS].values())
+
+
 def deadline_of(content: RecordDict) -> float:
     """Seconds the sender waits for the answer."""
     value = content.config_records[BODY].get("deadline_s", 0.0)

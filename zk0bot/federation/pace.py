@@ -3,6 +3,8 @@
 from flwr.supercore.inflatable import inflatable_utils
 
 FIRST_RETRY_S = 0.05
+LONGEST_PULL_S = 1800.0
+"""Of one reply; Flower's own limit is two hours."""
 
 
 def hasten_pulls() -> None:
@@ -15,4 +17,5 @@ def hasten_pulls() -> None:
         inflatable_utils.pull_and_inflate_object_from_tree,
     ):
         assert pull.__kwdefaults__ is not None and "initial_backoff" in pull.__kwdefaults__
-        pull.__kwdefaults__["initial_backoff"] = FIRST_RETRY_S
+        assert "max_time" in pull.__kwdefaults__
+        pull.__kwdefaults__ |= {"initial_backoff": FIRST_RETRY_S, "max_time": LONGEST_PULL_S}

@@ -5,9 +5,10 @@ no checkpoint and calls an untrained run completed.
 """
 
 import logging
+import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +45,10 @@ from zk0bot.training.statistics import pool_statistics
 
 logger = logging.getLogger(__name__)
 
+SETTLE_S = 30.0
+"""With enough clients, how long others that are still loading are waited for before round 1."""
+LOOK_S = 0.25
+"""Between looks at who is online."""
 POLL_S = 0.05
 """Between looks at flags and progress files; asking the SuperLink is far rarer."""
 
@@ -96,28 +101,38 @@ class Federation:
         optimizer = build_server_optimizer(self.config)
         self._wait_for_members()
         statistics = self._agree_on_statistics()
-        self.referee.evaluate(0, self.weights, statistics, [])
+        self.referee.begin(0, self.weights, statistics, [])
         started = self.clock()
         for round_ in range(1, self.config.num_server_rounds + 1):
             accepted = self._run_round(round_, optimizer, statistics)
-            self.referee.after_round(round_, self.weights, statistics, accepted)
+            self.referee.begin(round_, self.weights, statistics, accepted)
             self._note_progress(round_, started)
         self.log.enter("evaluating")
-        self.referee.finish(self._ask_for_final_losses(statistics))
+        self.referee.note_final_losses(self._ask_for_final_losses(statistics))
+        while self.referee.is_busy():
+            self._check_stop()
+            self.referee.collect()
+            self.sleep(POLL_S)
 
     def _wait_for_members(self) -> None:
-        """Until min-fit-clients members have described themselves and no answer is open."""
+        """Until min-fit-clients members have described themselves, and a little for the others.
+
+        What the others say later is taken in before the next round.
+        """
         needed = self.config.min_fit_clients
         deadline = self.clock() + self.config.wait_deadline_s
+        settled_by = None
         self.log.enter("waiting for clients", state="waiting", reason=f"0 of {needed} clients")
         while True:
-            online = self._look_around()
-            here = self.cohort.available(self.courier, online)
-            self.log.update(reason=f"{len(here)} of {needed} clients are ready")
-            if len(here) >= needed and self.cohort.is_settled():
-                return
-            self._check_deadline(deadline, f"{len(here)} of {needed} clients are ready")
-            self.sleep(POLL_S)
+            here = self.cohort.available(self.courier, self._look_around())
+            reason = f"{len(here)} of {needed} clients are ready"
+            self.log.update(reason=reason)
+            if len(here) >= needed:
+                settled_by = settled_by or self.clock() + SETTLE_S
+                if self.cohort.is_settled() or self.clock() > settled_by:
+                    return
+            self._check_deadline(deadline, reason)
+            self.sleep(LOOK_S)
 
     def _look_around(self) -> list[int]:
         """Online nodes, after asking newcomers and taking in what has arrived."""
@@ -125,21 +140,22 @@ class Federation:
         online = self.courier.nodes()
         self.cohort.take_answers(self.courier)
         self.cohort.forget_absent(online)
+        self.courier.drop_late(online, keep=self.cohort.asked)
         self.cohort.ask_newcomers(self.courier, online)
         return online
 
     def _agree_on_statistics(self) -> DatasetStatistics | None:
         if self.config.statistics == "local":
             return None
-        parts = [member.statistics for member in self.cohort.members.values() if member.statistics]
-        return pool_statistics(parts)
+        members = sorted(self.cohort.members.values(), key=lambda member: member.name)
+        return pool_statistics([member.statistics for member in members if member.statistics])
 
     def _run_round(
         self, round_: int, optimizer: ServerOptimizer, statistics: DatasetStatistics | None
     ) -> list[AcceptedUpdate]:
         chosen = self._choose(round_)
         replies = self._send_and_collect(round_, chosen, statistics)
-        accepted = [replies.accepted[n] for n in sorted(replies.accepted)]
+        accepted = [replies.accepted[n] for n in self._by_name(replies.accepted)]
         self._require_quorum(round_, chosen, replies)
         self.log.enter("aggregating")
         change = optimizer.step(self._fold(replies))
@@ -164,14 +180,13 @@ class Federation:
         deadline = self.clock() + self.config.wait_deadline_s
         while True:
             online = self._look_around()
-            self.courier.drop_late(online, keep=self.cohort.asked)
             available = self.cohort.available(self.courier, online)
             if len(available) >= needed:
                 return self.cohort.choose(available, round_)
             reason = f"round {round_}: {len(available)} of {needed} clients are available"
-            self.log.update(state="degraded", reason=reason)
+            self.log.update(state="degraded", phase="waiting for clients", reason=reason)
             self._check_deadline(deadline, reason)
-            self.sleep(POLL_S)
+            self.sleep(LOOK_S)
 
     def _send_and_collect(
         self, round_: int, chosen: list[int], statistics: DatasetStatistics | None
@@ -190,8 +205,10 @@ class Federation:
             for reply in self.courier.poll(chosen):
                 self._take_reply(round_, reply, orders[reply.node_id], replies)
             self.log.take_progress(round_)
+            self._count_bytes()
             self.referee.collect()
             self.sleep(POLL_S)
+        self._count_bytes()
         for node_id in chosen:
             if not replies.is_answered(node_id):
                 reason = f"no answer within {self.config.round_deadline_s:g} s"
@@ -214,7 +231,7 @@ class Federation:
             round_=round_,
             node=self.cohort.members[node_id],
             statistics=statistics,
-            evaluate_first=self.referee.wants_clients_view_of(round_ - 1),
+            evaluate_first=self.referee.is_due(round_ - 1),
         )
         why = self.courier.send(
             node_id,
@@ -226,8 +243,6 @@ class Federation:
         )
         if why:
             self._fail(node_id, why, replies)
-        else:
-            self.log.update(bytes_down=self.log.record.bytes_down + len(blob))
         return request
 
     def _take_reply(
@@ -248,7 +263,6 @@ class Federation:
         replies.accepted[reply.node_id] = AcceptedUpdate(
             node=self.cohort.members[reply.node_id], result=result, update_norm=norm(update)
         )
-        self.log.update(bytes_up=self.log.record.bytes_up + len(blob))
         self.log.set_client(
             reply.node_id,
             phase="done",
@@ -263,13 +277,20 @@ class Federation:
         )
 
     def _fold(self, replies: RoundReplies) -> Tensors:
-        """The mean update, weighted by samples seen, folded in the order of node ids."""
+        """The mean update, weighted by samples seen, folded in the order of client names."""
         mean = RunningMean()
-        for node_id in sorted(replies.accepted):
+        for node_id in self._by_name(replies.accepted):
             update = decode(self._update_file(node_id).read_bytes())
             mean.fold(update, replies.accepted[node_id].result.num_samples)
         shutil.rmtree(self.scratch, ignore_errors=True)
         return mean.mean()
+
+    def _by_name(self, node_ids: Iterable[int]) -> list[int]:
+        """An order that repeats: node ids differ from start to start, names do not."""
+        return sorted(node_ids, key=lambda n: self.cohort.members[n].name)
+
+    def _count_bytes(self) -> None:
+        self.log.update(bytes_up=self.courier.bytes_up, bytes_down=self.courier.bytes_down)
 
     def _require_quorum(self, round_: int, chosen: list[int], replies: RoundReplies) -> None:
         needed = self.config.min_fit_clients
@@ -298,10 +319,15 @@ class Federation:
     def _failure_lines(self, replies: RoundReplies) -> list[str]:
         return [f"{self.cohort.members[n].name}: {why}" for n, why in replies.failures.items()]
 
-    def _ask_for_final_losses(self, statistics: DatasetStatistics | None) -> list[EvaluateResult]:
-        """The clients' held-out losses of the final weights, where the server has no sets."""
+    def _ask_for_final_losses(
+        self, statistics: DatasetStatistics | None
+    ) -> dict[str, EvaluateResult]:
+        """The clients' held-out losses of the final weights, by client name.
+
+        Empty where the server measures on sets of its own.
+        """
         if self.config.eval_datasets or not self.config.eval_frequency:
-            return []
+            return {}
         request = EvaluateRequest(
             spec=self.cohort.spec,
             base_hash=self.cohort.base_hash,
@@ -312,27 +338,31 @@ class Federation:
         )
         blob = encode(self.weights)
         timeout = self.config.round_deadline_s
-        asked = set(self.cohort.available(self.courier, self.courier.nodes()))
+        group = str(self.config.num_server_rounds)
+        asked = set(self.cohort.available(self.courier, self._look_around()))
         for node_id in sorted(asked):
-            group = str(self.config.num_server_rounds)
-            if self.courier.send(
+            why = self.courier.send(
                 node_id, "evaluate", request, group=group, deadline_s=timeout, blob=blob
-            ):
+            )
+            if why:
+                logger.warning("node %s not asked to evaluate: %s", node_id, why)
                 asked.discard(node_id)
         return self._collect_losses(asked, self.clock() + timeout)
 
-    def _collect_losses(self, asked: set[int], deadline: float) -> list[EvaluateResult]:
-        results: dict[int, EvaluateResult] = {}
+    def _collect_losses(self, asked: set[int], deadline: float) -> dict[str, EvaluateResult]:
+        results: dict[str, EvaluateResult] = {}
         while asked and self.clock() < deadline:
             self._check_stop()
             for reply in self.courier.poll(sorted(asked)):
                 asked.discard(reply.node_id)
-                if reply.content is None:
-                    logger.warning("node %s did not evaluate: %s", reply.node_id, reply.failure)
-                else:
-                    results[reply.node_id] = unpack(reply.content, EvaluateResult)
+                name = self.cohort.members[reply.node_id].name
+                try:
+                    results[name] = _read_evaluation(reply)
+                except UpdateError as error:
+                    logger.warning("%s did not evaluate: %s", name, error.message)
+            self._count_bytes()
             self.sleep(POLL_S)
-        return [results[node_id] for node_id in sorted(results)]
+        return results
 
     def _note_progress(self, round_: int, started: float) -> None:
         left = self.config.num_server_rounds - round_
@@ -349,9 +379,19 @@ class Federation:
     def _check_deadline(self, deadline: float, waited_for: str) -> None:
         if self.clock() < deadline:
             return
-        refusals = "; ".join(self.cohort.refused.values())
+        refusals = "; ".join(self.cohort.objections())
         raise DeadlineError(
             f"{waited_for}, after {self.config.wait_deadline_s:g} s"
             + (f"; refused: {refusals}" if refusals else ""),
             hint="start more clients, or lower min-fit-clients",
         )
+
+
+def _read_evaluation(reply: Reply) -> EvaluateResult:
+    """Raises UpdateError when the node did not measure a finite loss."""
+    if reply.content is None:
+        raise UpdateError(reply.failure)
+    result = unpack(reply.content, EvaluateResult)
+    if not math.isfinite(result.loss) or result.num_examples < 1:
+        raise UpdateError(f"loss {result.loss} over {result.num_examples} examples")
+    return result

@@ -21,13 +21,17 @@ class RunLog:
         self._paths = paths
         self.record = read_record(paths.run_record(run_id), RunRecord)
         self._written_at = 0.0
+        self._is_unwritten = False
 
     def update(self, *, at_once: bool = False, **changes: object) -> None:
-        """Change fields of the record; written now, or with the next change soon."""
-        self.record = self.record.model_copy(update={**changes, "updated_at": now()})
+        """Change fields of the record; written now, or by a later call within WRITE_EVERY_S."""
+        changed = self.record.model_copy(update=changes)
+        if changed == self.record and not self._is_unwritten:
+            return
+        self.record = changed.model_copy(update={"updated_at": now()})
+        self._is_unwritten = True
         if at_once or time.monotonic() - self._written_at >= WRITE_EVERY_S:
-            write_json(self._paths.run_record(self.record.run_id), self.record)
-            self._written_at = time.monotonic()
+            self._write()
 
     def enter(self, phase: str, **changes: object) -> None:
         """Begin a phase: ``training``, ``evaluating``…"""
@@ -35,7 +39,7 @@ class RunLog:
         self.update(at_once=True, phase=phase, **changes)
 
     def finish(self, verdict: Verdict) -> None:
-        """Write the verdict; nothing is written after it."""
+        """Write the verdict, unless somebody has closed the record already."""
         reason = verdict.reasons[0] if verdict.reasons else ""
         logger.info("%s %s", verdict.state, reason)
         self.update(
@@ -69,6 +73,14 @@ class RunLog:
     def is_stop_requested(self) -> bool:
         """Whether somebody asked this run to end."""
         return self._paths.stop_request(self.record.run_id).exists()
+
+    def _write(self) -> None:
+        path = self._paths.run_record(self.record.run_id)
+        if read_record(path, RunRecord).is_final:
+            return  # closed from outside: stopped by force, or given up as lost
+        write_json(path, self.record)
+        self._written_at = time.monotonic()
+        self._is_unwritten = False
 
     def _read_progress(self, node_id: str) -> NodeProgress | None:
         with suppress(FileNotFoundError, DataError):

@@ -25,6 +25,7 @@ def build_train_request(
     evaluate_first: bool,
 ) -> TrainRequest:
     """The order of one node in one round; rounds count from 1."""
+    steps = steps_per_round(config, node)
     return TrainRequest(
         spec=spec,
         base_hash=base_hash,
@@ -32,10 +33,9 @@ def build_train_request(
         round=round_,
         weights_path="",
         statistics=statistics,
-        local_steps=config.local_steps,
-        local_epochs=config.local_epochs,
+        local_steps=steps,
         batch_size=config.batch_size,
-        learning_rate=learning_rate(config, round_, steps_per_round(config, node)),
+        learning_rate=learning_rate(config, round_, steps),
         proximal_mu=config.proximal_mu,
         seed=node_seed(config.seed, node.name),
         evaluate_first=evaluate_first,

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from zk0bot.training.protocol import PolicySpec
 logger = logging.getLogger(__name__)
 app = ServerApp()
 
+STOPPED = Verdict(state="stopped", reasons=["stopped by request"])
 UNEXPECTED = Verdict(state="failed", reasons=["the ServerApp crashed; its log has the traceback"])
 
 
@@ -35,17 +37,13 @@ UNEXPECTED = Verdict(state="failed", reasons=["the ServerApp crashed; its log ha
 def main(grid: Grid, context: Context) -> None:
     """Take the run named in Flower's run configuration to its verdict."""
     hasten_pulls()
-    run_id = str(context.run_config["zk0-run"])
-    paths = load_paths()
-    run = Run.open(paths, run_id)
-    handler = log_to(Path(run.log.record.output_dir))
+    run = Run.open(load_paths(), str(context.run_config["zk0-run"]))
     verdict = UNEXPECTED
     try:
-        verdict = run.carry_out(grid)
+        with logging_to(Path(run.log.record.output_dir)):
+            verdict = run.carry_out(grid)
     finally:
-        run.log.finish(verdict)
-        logging.getLogger("zk0bot").removeHandler(handler)
-        handler.close()
+        run.log.finish(STOPPED if run.log.is_stop_requested() else verdict)
     if verdict.state == "failed":
         raise RunError(verdict.reasons[0])  # so that Flower's own status tells the truth, too
 
@@ -67,12 +65,16 @@ class Run:
     def carry_out(self, grid: Grid) -> Verdict:
         """All rounds, and what they are worth."""
         output = OutputTree(Path(self.log.record.output_dir))
-        output.write_config(self.config)
         try:
+            output.write_config(self.config)
             federation = self._wire(grid, output)
             federation.run()
-        except RunStopped as stop:
-            return Verdict(state="stopped", reasons=[stop.message])
+        except RunStopped:
+            return STOPPED
+        except OSError as error:
+            logger.exception("results cannot be written")
+            why = f"cannot write {error.filename or output.root}: {error.strerror}"
+            return Verdict(state="failed", reasons=[f"{why} (free some disk space and run again)"])
         except Zk0Error as error:
             logger.error("%s", error.message)
             hint = f" ({error.hint})" if error.hint else ""
@@ -82,13 +84,14 @@ class Run:
             planned_rounds=self.config.num_server_rounds,
             min_clients=self.config.min_fit_clients,
             worse_margin=self.config.worse_margin,
-            losses=output.losses,
+            losses=federation.referee.comparable_losses(),
         )
 
     def _wire(self, grid: Grid, output: OutputTree) -> Federation:
         spec = PolicySpec(policy=self.config.policy, seed=self.config.seed)
         evaluator = Evaluator(self.paths.evaluator_dir, spec, self.config)
         self.log.enter("building the policy", output_dir=str(output.root))
+        evaluator.clear()
         initial, weights = evaluator.initial_weights()
         return Federation(
             config=self.config,
@@ -102,7 +105,8 @@ class Run:
         )
 
 
-def log_to(output_dir: Path) -> logging.Handler:
+@contextlib.contextmanager
+def logging_to(output_dir: Path) -> Iterator[None]:
     """Also write what zk0bot logs to ``server/server.log``; zk0 calls it ``simulation.log``."""
     path = output_dir / "server" / "server.log"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +114,11 @@ def log_to(output_dir: Path) -> logging.Handler:
         (output_dir / "simulation.log").symlink_to(path.relative_to(output_dir))
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    root = logging.getLogger("zk0bot")
-    root.setLevel(logging.INFO)
-    root.addHandler(handler)
-    return handler
+    ours = logging.getLogger("zk0bot")
+    ours.setLevel(logging.INFO)
+    ours.addHandler(handler)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        handler.close()

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -102,6 +103,8 @@ def _become_clientapp(spec: ExecutionSpec) -> NoReturn:
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
+    except BaseException:  # noqa: BLE001  os._exit would swallow it
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from zk0bot.config.paths import orders_flag, reply_flag
-from zk0bot.federation.messages import pack, unpack_failure
+from zk0bot.federation.background import start_thread
+from zk0bot.federation.messages import blob_size, pack, unpack_failure
 from zk0bot.files import Flag
 from zk0bot.training.protocol import Message
 
@@ -22,11 +24,16 @@ logger = logging.getLogger(__name__)
 ASK_ANYWAY_S = 2.0
 FLOWER_FAILURES = {
     2: "its ClientApp raised an exception",
+    3: "its reply was not uploaded to the end",
     5: "it went offline",
     7: "it refused the app bundle",
     8: "its ClientApp process died",
 }
 """Flower's error codes in a node's place, in words (flwr.common.constant.ErrorCode)."""
+
+
+Pulled = list[FlowerMessage]
+StartPull = Callable[[Callable[[], Pulled]], "Future[Pulled]"]
 
 
 @dataclass
@@ -36,6 +43,8 @@ class Debt:
     message_id: str
     flag: Flag
     asked_at: float
+    pull: Future[Pulled] | None = None
+    """A question about it that is under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +60,23 @@ class Courier:
     """Sends at most one order to a node at a time: a node that owes a reply gets no other."""
 
     def __init__(
-        self, grid: Grid, flags_dir: Path, clock: Callable[[], float] = time.monotonic
+        self,
+        grid: Grid,
+        flags_dir: Path,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        start_pull: StartPull = start_thread,
     ) -> None:
-        """In ``flags_dir`` gateway and Courier tell each other of orders and replies."""
+        """In ``flags_dir`` gateway and Courier tell each other of orders and replies.
+
+        Pulls run beside the caller: one that waits for a slow upload must not hold up the others.
+        """
+        self.bytes_up = 0
+        """Tensor bytes received, refused and late replies included."""
+        self.bytes_down = 0
+        """Tensor bytes sent."""
         self._grid = grid
+        self._start_pull = start_pull
         self._flags_dir = flags_dir
         self._orders = Flag(orders_flag(flags_dir))
         self._clock = clock
@@ -92,6 +114,7 @@ class Courier:
         flag = Flag(reply_flag(self._flags_dir, str(node_id)))
         self._owed[node_id] = Debt(message_id, flag, self._clock())
         self._orders.raise_()
+        self.bytes_down += len(blob or b"")
         return ""
 
     def poll(self, node_ids: Iterable[int]) -> Iterator[Reply]:
@@ -101,13 +124,21 @@ class Courier:
         have vanished, which only the SuperLink knows.
         """
         for node_id in [n for n in node_ids if n in self._owed]:
-            debt = self._owed[node_id]
-            if not (debt.flag.was_raised() or self._clock() - debt.asked_at > ASK_ANYWAY_S):
-                continue
-            debt.asked_at = self._clock()
-            for message in self._grid.pull_messages([debt.message_id]):
+            for message in self._ask(self._owed[node_id]):
                 del self._owed[node_id]
-                yield _read(node_id, message)
+                yield self._read(node_id, message)
+
+    def _ask(self, debt: Debt) -> Pulled:
+        """The reply, once a question about it has been answered with one."""
+        if debt.pull is None:
+            if not (debt.flag.was_raised() or self._clock() - debt.asked_at > ASK_ANYWAY_S):
+                return []
+            debt.asked_at = self._clock()
+            debt.pull = self._start_pull(lambda: list(self._grid.pull_messages([debt.message_id])))
+        if not debt.pull.done():
+            return []
+        answer, debt.pull = debt.pull.result(), None
+        return answer
 
     def drop_late(self, online: Iterable[int], *, keep: Iterable[int]) -> None:
         """Take in replies to closed rounds, unread, and forget what absent nodes owe.
@@ -119,12 +150,12 @@ class Courier:
             logger.info("node %s: a late reply was dropped", reply.node_id)
         self._owed = {n: debt for n, debt in self._owed.items() if n in present}
 
-
-def _read(node_id: int, message: FlowerMessage) -> Reply:
-    if message.has_error():
-        words = FLOWER_FAILURES.get(message.error.code, f"Flower error {message.error.code}")
-        logger.warning("node %s: %s: %s", node_id, words, message.error.reason)
-        return Reply(node_id=node_id, content=None, failure=words)
-    if failed := unpack_failure(message.content):
-        return Reply(node_id=node_id, content=None, failure=failed.sentence)
-    return Reply(node_id=node_id, content=message.content)
+    def _read(self, node_id: int, message: FlowerMessage) -> Reply:
+        if message.has_error():
+            words = FLOWER_FAILURES.get(message.error.code, f"Flower error {message.error.code}")
+            logger.warning("node %s: %s: %s", node_id, words, message.error.reason)
+            return Reply(node_id=node_id, content=None, failure=words)
+        if failed := unpack_failure(message.content):
+            return Reply(node_id=node_id, content=None, failure=failed.sentence)
+        self.bytes_up += blob_size(message.content)
+        return Reply(node_id=node_id, content=message.content)

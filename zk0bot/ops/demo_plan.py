@@ -141,13 +141,14 @@ def baseline_plan(options: DemoOptions, paths: Paths) -> ComparisonPlan:
 def policy_plan(options: DemoOptions, paths: Paths, output_dir: Path) -> ComparisonPlan:
     """The trained policies, on the scenes that the baselines had."""
     owners = choose_owners(options)
+    rounds = build_run_config(options).num_server_rounds
     filmed = [FEDERATED, owners[0].policy_name] if options.with_local else [FEDERATED]
     return ComparisonPlan(
         run=build_run_config(options),
         evaluator_dir=str(paths.evaluator_dir),
         owners={owner.policy_name: str(paths.client_dir(owner.colour)) for owner in owners},
         with_untrained=True,
-        federated_weights=str(paths.evaluator_dir / "weights" / "checkpoint.safetensors"),
+        federated_weights=str(paths.evaluator_dir / "weights" / f"round_{rounds}.safetensors"),
         with_alone=options.with_local,
         scenes_per_sector=SCENES_PER_SECTOR,
         first_seed=_first_scene(options),

@@ -34,20 +34,24 @@ def judge(
 ) -> Verdict:
     """``completed``, ``completed-with-warnings`` or ``failed``, each with its reasons.
 
-    ``losses`` maps an evaluated round (0: before training) to its held-out loss. A run fails when
+    ``losses`` maps an evaluated round (0: before training) to its held-out loss; without the first
+    and the planned last one nothing is known of learning, which is a warning. A run fails when
     rounds are missing, a round fell short of ``min_clients``, the model did not move or is not
     finite, or the last loss is above round 0 by more than the share ``worse_margin``.
     """
     faults = [*_missing_rounds(rounds, planned_rounds)]
     for outcome in rounds:
         faults += _round_faults(outcome, min_clients)
-    faults += _loss_faults(losses, worse_margin)
-    warnings = [*_lost_updates(rounds), *_loss_warnings(losses, worse_margin)]
+    faults += _loss_faults(losses, planned_rounds, worse_margin)
+    warnings = [
+        *_lost_updates(rounds),
+        *_loss_warnings(losses, planned_rounds, worse_margin),
+    ]
     if faults:
-        return _verdict("failed", faults + warnings, losses)
+        return _verdict("failed", faults + warnings, losses, planned_rounds)
     if warnings:
-        return _verdict("completed-with-warnings", warnings, losses)
-    return _verdict("completed", [], losses)
+        return _verdict("completed-with-warnings", warnings, losses, planned_rounds)
+    return _verdict("completed", [], losses, planned_rounds)
 
 
 def find_best_round(losses: Mapping[int, float]) -> int | None:
@@ -56,14 +60,13 @@ def find_best_round(losses: Mapping[int, float]) -> int | None:
     return min(finite, key=lambda number: (finite[number], number)) if finite else None
 
 
-def _verdict(state: str, reasons: list[str], losses: Mapping[int, float]) -> Verdict:
-    last = max(losses) if losses else None
+def _verdict(state: str, reasons: list[str], losses: Mapping[int, float], planned: int) -> Verdict:
     return Verdict.model_validate(
         {
             "state": state,
             "reasons": reasons,
             "initial_loss": _finite(losses.get(0)),
-            "final_loss": None if last is None or last == 0 else _finite(losses[last]),
+            "final_loss": _finite(losses.get(planned)),
             "best_round": find_best_round(losses),
         }
     )
@@ -94,15 +97,15 @@ def _round_faults(outcome: RoundOutcome, min_clients: int) -> list[str]:
     return faults
 
 
-def _loss_faults(losses: Mapping[int, float], worse_margin: float) -> list[str]:
+def _loss_faults(losses: Mapping[int, float], planned: int, worse_margin: float) -> list[str]:
     faults = [
         f"round {number}: the held-out loss is {loss}"
         for number, loss in sorted(losses.items())
         if not math.isfinite(loss)
     ]
-    if faults or not _is_comparable(losses):
+    if faults or not _is_comparable(losses, planned):
         return faults
-    first, last = losses[0], losses[max(losses)]
+    first, last = losses[0], losses[planned]
     if last > first * (1 + worse_margin):
         return [f"held-out loss rose from {first:.4f} before round 1 to {last:.4f}"]
     return []
@@ -119,10 +122,10 @@ def _lost_updates(rounds: Sequence[RoundOutcome]) -> list[str]:
     return warnings
 
 
-def _loss_warnings(losses: Mapping[int, float], worse_margin: float) -> list[str]:
-    if not _is_comparable(losses):
+def _loss_warnings(losses: Mapping[int, float], planned: int, worse_margin: float) -> list[str]:
+    if not _is_comparable(losses, planned):
         return ["held-out loss was not measured before and after training: no proof of learning"]
-    values = [losses[0], losses[max(losses)]]
+    values = [losses[0], losses[planned]]
     if not all(map(math.isfinite, values)):
         return []
     first, last = values
@@ -136,8 +139,8 @@ def _loss_warnings(losses: Mapping[int, float], worse_margin: float) -> list[str
     return []
 
 
-def _is_comparable(losses: Mapping[int, float]) -> bool:
-    return 0 in losses and max(losses) > 0
+def _is_comparable(losses: Mapping[int, float], planned: int) -> bool:
+    return 0 in losses and planned in losses
 
 
 def _listed(numbers: Sequence[int], *, most: int = 5) -> str:

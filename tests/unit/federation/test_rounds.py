@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from zk0bot.federation.rounds import Federation, RunStopped
 from zk0bot.federation.run_log import RunLog
 from zk0bot.federation.transport import Courier
 from zk0bot.files import read_json, write_json
-from zk0bot.records import RunRecord
+from zk0bot.records import RunRecord, Verdict
+from zk0bot.report.verdict import judge
 from zk0bot.training.protocol import (
     AssessResult,
     DatasetLoss,
@@ -42,16 +44,32 @@ Change = Callable[[TrainResult, bytes], RecordDict]
 class CountingEvaluator:
     """Losses are the distance of the weights from ten; remembers what it saved."""
 
-    def __init__(self) -> None:
-        self.saved: list[Path] = []
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved: list[tuple[str, list[float]]] = []
 
-    def assess(self, weights: Tensors, statistics: object, **_: object) -> AssessResult:
-        loss = float(np.abs(weights["w"] - 10).mean())
+    def store(self, weights: Tensors, round_: int) -> Path:
+        path = self.folder / f"round_{round_}"
+        path.write_bytes(encode(weights))
+        return path
+
+    def assess(self, weights_path: Path, statistics: object, **_: object) -> AssessResult:
+        loss = float(np.abs(decode(weights_path.read_bytes())["w"] - 10).mean())
         entry = DatasetLoss(dataset_name="held-out", evaldata_id=0, loss=loss, num_examples=4)
         return AssessResult(datasets=[entry], rollouts=[])
 
-    def save(self, weights: Tensors, statistics: object, output_dir: Path, **_: object) -> None:
-        self.saved.append(output_dir)
+    def save(self, weights_path: Path, statistics: object, output_dir: Path, **_: object) -> None:
+        weights = decode(weights_path.read_bytes())["w"]
+        self.saved.append((output_dir.name, weights.tolist()))
+
+
+class Inline:
+    """Does background work at once, so that the pretended clock means something."""
+
+    def submit[T](self, work: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_result(work())
+        return future
 
 
 def node(
@@ -108,11 +126,17 @@ def federation(tmp_path: Path, nodes: dict[int, Node], **settings: object) -> Fe
         return float(next(seconds))
 
     spec = PolicySpec(policy=config.policy, seed=0)
-    referee = Referee(config=config, evaluator=CountingEvaluator(), output=output, log=log)
+    referee = Referee(
+        config=config,
+        evaluator=CountingEvaluator(tmp_path),
+        output=output,
+        log=log,
+        worker=Inline(),
+    )
     return Federation(
         config=config,
-        courier=Courier(FakeGrid(nodes), tmp_path, clock),
-        cohort=Cohort(config=config, spec=spec, base_hash=BASE_HASH),
+        courier=Courier(FakeGrid(nodes), tmp_path, clock=clock, start_pull=Inline().submit),
+        cohort=Cohort(config=config, spec=spec, base_hash=BASE_HASH, clock=clock),
         referee=referee,
         log=log,
         output=output,
@@ -137,7 +161,8 @@ def test_two_rounds_fold_the_weighted_mean(tmp_path: Path) -> None:
     assert losses == {"0": {"server_policy_loss": 8.5}, "2": {"server_policy_loss": 5.5}}
     assert read_json(tmp_path / "out/clients/red/round_1.json")["num_samples"] == 30
     assert "round 1: " in (tmp_path / "out/clients/red/client.log").read_text()
-    assert [path.name for path in run.referee.evaluator.saved] == ["checkpoint_round_2"]
+    assert run.referee.evaluator.saved == [("checkpoint_round_2", [4.0, 5.0])]
+    assert sorted(path.name for path in tmp_path.glob("round_*")) == ["round_2"]
     assert (tmp_path / "out/server/federated_metrics.png").exists()
 
 
@@ -246,6 +271,78 @@ def test_local_statistics_stay_at_home(tmp_path: Path) -> None:
     settings = {"statistics": "local", "eval_datasets": (), "wait_deadline_s": 5}
     with pytest.raises(DeadlineError, match=r"red: sent statistics, which this run leaves"):
         federation(tmp_path, nodes, **settings).run()
+
+
+def test_a_node_that_never_describes_itself_holds_nobody_up(tmp_path: Path) -> None:
+    nodes = {1: node(describe("red"), 1.0), 2: node(describe("green"), 1.0), 3: lambda *_: None}
+    run = federation(tmp_path, nodes, wait_deadline_s=10_000)
+    run.run()
+    assert [outcome.asked for outcome in run.outcomes] == [2, 2]
+
+
+def test_a_node_that_failed_to_describe_itself_is_asked_again(tmp_path: Path) -> None:
+    answers = [Error(8, "died"), None]
+    green = node(describe("green"), 1.0)
+
+    def recovers(kind: str, content: RecordDict) -> object:
+        return answers.pop(0) if len(answers) > 1 and kind == "query" else green(kind, content)
+
+    run = federation(tmp_path, {1: node(describe("red"), 1.0), 2: recovers})
+    run.run()
+    assert [outcome.accepted for outcome in run.outcomes] == [2, 2]
+
+
+def test_a_node_that_blinked_while_describing_comes_back(tmp_path: Path) -> None:
+    run = federation(tmp_path, {1: node(describe("red"), 1.0), 2: lambda *_: None})
+    grid = run.courier._grid
+    looks = itertools.count()
+
+    def online() -> list[int]:
+        look = next(looks)
+        if look == 6:
+            grid.nodes[2] = node(describe("green"), 1.0)
+        return [1] if look == 5 else [1, 2]
+
+    grid.get_node_ids = online
+    run.run()
+    assert [outcome.accepted for outcome in run.outcomes] == [2, 2]
+
+
+def test_the_end_is_compared_over_the_same_clients(tmp_path: Path) -> None:
+    """Green never measures the end: red alone says whether the loss fell."""
+    green = node(describe("green"), 1.0)
+
+    def silent_at_the_end(kind: str, content: RecordDict) -> object:
+        return Error(2, "boom") if kind == "evaluate" else green(kind, content)
+
+    nodes = {1: node(describe("red"), 1.0), 2: silent_at_the_end}
+    run = federation(tmp_path, nodes, eval_datasets=(), eval_frequency=1)
+    run.run()
+    assert run.referee.comparable_losses() == {0: 0.4, 1: 0.4, 2: 6.5}
+
+
+@pytest.mark.parametrize("answer", [Error(2, "boom"), RecordDict()])
+def test_without_a_final_loss_nothing_is_claimed(tmp_path: Path, answer: object) -> None:
+    def broken(name: str) -> Node:
+        good = node(describe(name), 1.0)
+        return lambda kind, content: answer if kind == "evaluate" else good(kind, content)
+
+    run = federation(
+        tmp_path, {1: broken("red"), 2: broken("green")}, eval_datasets=(), eval_frequency=1
+    )
+    run.run()
+    losses = run.referee.comparable_losses()
+    assert 2 not in losses
+    verdict = judge(run.outcomes, planned_rounds=2, min_clients=2, worse_margin=0.02, losses=losses)
+    assert verdict.state == "completed-with-warnings" and verdict.final_loss is None
+
+
+def test_a_record_closed_from_outside_stays_closed(tmp_path: Path) -> None:
+    run = federation(tmp_path, {1: node(describe("red"), 1.0)})
+    path = Paths(tmp_path).run_record("r1")
+    write_json(path, RunRecord(run_id="r1", num_rounds=2, state="stopped"))
+    run.log.finish(Verdict(state="completed"))
+    assert read_json(path)["state"] == "stopped"
 
 
 def test_a_stop_request_ends_the_wait(tmp_path: Path) -> None:
