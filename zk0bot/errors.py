@@ -5,6 +5,8 @@ Zk0Error                     1
 │   └── UnknownNameError     2  a name that does not exist; the nearest one is offered
 ├── DataError                1  a dataset that is damaged, missing or does not fit the policy
 ├── ModelError               1  weights or a policy folder that cannot be used
+│   ├── MemoryShortError     1  a policy that does not fit into the device's memory
+│   └── DivergedError        1  training that ended in NaN or Inf
 ├── ServiceError             1  a process that does not start, answer or stop
 │   ├── SessionExistsError   1  started twice
 │   ├── SessionAbsentError   1  asked for a session that is not there
@@ -65,6 +67,14 @@ class DataError(Zk0Error):
 
 class ModelError(Zk0Error):
     code = "bad_model"
+
+
+class MemoryShortError(ModelError):
+    code = "out_of_memory"
+
+
+class DivergedError(ModelError):
+    code = "not_finite"
 
 
 class ServiceError(Zk0Error):

@@ -1,6 +1,7 @@
 """The warm trainer as a real process."""
 
 import os
+import resource
 import signal
 import socket
 import stat
@@ -165,7 +166,36 @@ def test_status_is_answered_while_it_works(node: Path, weights: InitResult) -> N
             time.sleep(0.05)
         assert future.result().num_steps == 60
     assert ("working", "training") in states
-    assert ask(node, StatusRequest(), TrainerStatus, deadline_s=5).state == "ready"
+    wait_until_ready(node)
+
+
+def wait_until_ready(folder: Path) -> None:
+    """The answer comes first, the state just after it."""
+    deadline = time.monotonic() + 5
+    while ask(folder, StatusRequest(), TrainerStatus, deadline_s=5).state != "ready":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_divergence_is_told_by_its_code(node: Path, weights: InitResult) -> None:
+    rate = RATE.model_copy(update={"initial_lr": 1e30})
+    order = build_order(weights, describe(node), steps=40)
+    with pytest.raises(TrainerError, match="training diverged") as caught:
+        train(node, order.model_copy(update={"learning_rate": rate}))
+    assert caught.value.remote_code == "not_finite"
+    assert train(node, order).num_steps == 40
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of others: Linux only")
+def test_a_full_disk_is_told_and_survived(node: Path) -> None:
+    pid = ask(node, StatusRequest(), TrainerStatus, deadline_s=5).pid
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))  # no byte reaches a file
+    with pytest.raises(TrainerError, match="cannot be written") as caught:
+        ask(node, InitRequest(spec=SPEC), InitResult, deadline_s=LONG_S)
+    assert caught.value.hint == "free some disk space"
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
+    assert ask(node, InitRequest(spec=SPEC), InitResult, deadline_s=LONG_S).num_trainable
 
 
 def test_own_and_agreed_statistics_are_not_mixed(node: Path, weights: InitResult) -> None:

@@ -3,6 +3,7 @@
 Shape letters: N scenes asked at once, B batch, S side of a picture, T chunk steps, A actions.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,8 @@ from zk0bot.files import replacing, write_json
 from zk0bot.sim.arm import FPS
 from zk0bot.sim.rollout import Actor, EpisodeResult, Floats, rollout
 from zk0bot.sim.tasks import evaluation_scenes
+from zk0bot.training.loop import LossSum
+from zk0bot.training.memory import MicroBatch
 from zk0bot.training.policy import (
     IMAGE_PREFIX,
     encode_tasks,
@@ -30,6 +33,7 @@ from zk0bot.training.processing import (
     Feed,
     build_scaler,
     seeded_generator,
+    split_batch,
     to_device,
     with_noise,
 )
@@ -40,22 +44,35 @@ from zk0bot.training.statistics import ACTION, STATE
 NOISE_SEED = 4242
 SCENE_NOISE_SEED = 7
 EVALUATION_BATCH = 64
+"""Frames that share a draw of noise, and that are evaluated at a time where memory allows."""
 StepProgress = Callable[[int, int], None]
 
 
 @torch.no_grad()
 def mean_loss(
-    policy: SmolVLAPolicy, feed: Feed, frames: Ints, progress: StepProgress = lambda k, n: None
+    policy: SmolVLAPolicy,
+    feed: Feed,
+    frames: Ints,
+    progress: StepProgress = lambda k, n: None,
+    *,
+    loss_sum: LossSum = flow_loss_sum,
+    micro_batch: MicroBatch | None = None,
 ) -> float:
     """Policy loss over ``frames``, mean over valid action entries, with noise and time fixed by
-    the frame's place, so that two policies are compared on equal terms."""
+    the frame's place, so that two policies are compared on equal terms.
+
+    ``micro_batch`` says how many frames fit at a time, and learns it. Raises MemoryShortError when
+    one is too much.
+    """
+    micro_batch = micro_batch or MicroBatch()
     device = next(policy.parameters()).device
     policy.eval()
     total, count = 0.0, 0
     for start in range(0, len(frames), EVALUATION_BATCH):
         progress(start, len(frames))
         batch = _fixed_batch(feed, frames[start : start + EVALUATION_BATCH], start)
-        total += float(flow_loss_sum(policy, to_device(batch, device)))
+        work = functools.partial(_loss_in_parts, policy, batch, loss_sum, device)
+        total += micro_batch.run(len(batch[ACTION]), work)
         count += valid_entries(batch)
     return total / count
 
@@ -142,6 +159,13 @@ def policy_actor(policy: SmolVLAPolicy, statistics: DatasetStatistics) -> Actor:
         return restored
 
     return act
+
+
+def _loss_in_parts(
+    policy: SmolVLAPolicy, batch: Batch, loss_sum: LossSum, device: torch.device, size: int
+) -> float:
+    parts = split_batch(batch, size)
+    return sum(float(loss_sum(policy, to_device(part, device))) for part in parts)
 
 
 def _fixed_batch(feed: Feed, frames: Ints, start: int) -> Batch:

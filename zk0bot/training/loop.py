@@ -1,6 +1,5 @@
 """The train loop: AdamW on batches that are a pure function of (seed, round, step)."""
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zk0bot.errors import ModelError
+from zk0bot.errors import DivergedError
+from zk0bot.training.memory import MicroBatch
 from zk0bot.training.policy import trainable_tensors, valid_entries
-from zk0bot.training.processing import Batch, to_device
+from zk0bot.training.processing import Batch, split_batch, to_device
 from zk0bot.training.protocol import LearningRate
 from zk0bot.training.recording import Ints
-
-logger = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
@@ -62,11 +60,17 @@ def train_steps(
     *,
     loss_sum: LossSum,
     progress: Progress = lambda step, loss: None,
+    micro_batch: MicroBatch | None = None,
 ) -> TrainOutcome:
     """Train ``policy`` in place; ``draw(step)`` gives the CPU batch of that step.
 
-    Nothing inside a step waits for a CUDA device. Raises ModelError when a loss is not finite, or
-    when memory is short even for one sample at a time.
+    ``micro_batch`` says how much of a batch fits at a time, and learns it; the samples of a step
+    stay the same. Raises DivergedError, after the last step, when a loss is not finite, and
+    MemoryShortError when one sample at a time is too much.
+
+    The loop itself waits for a CUDA device once, after the last step. The forward pass of LeRobot
+    waits a few times more: SmolVLM's vision tower finds the places of patches by a boolean mask,
+    and SmolVLA copies a scale for each camera and two short masks from pageable memory.
     """
     started = time.monotonic()
     tensors = trainable_tensors(policy)
@@ -77,12 +81,12 @@ def train_steps(
         parameters, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, foreach=True
     )
     records: list[tuple[Tensor, Tensor, Tensor]] = []
-    micro_size = plan.batch_size
+    micro_batch = micro_batch or MicroBatch()
     policy.train()
     for step in range(plan.steps):
         batch = draw(step)
         optimizer.param_groups[0]["lr"] = learning_rate_at(plan.learning_rate, step)
-        loss, micro_size = _backward(policy, batch, micro_size, device, loss_sum)
+        loss = _backward(policy, batch, micro_batch, device, loss_sum)
         fedprox_loss = proximal.add_gradient()
         norm = nn.utils.clip_grad_norm_(parameters, CLIP_NORM, foreach=True)
         optimizer.step()
@@ -94,7 +98,7 @@ def train_steps(
         policy_loss=means[0],
         fedprox_loss=means[1],
         grad_norm=means[2],
-        micro_batch_size=micro_size,
+        micro_batch_size=micro_batch.size(plan.batch_size),
         train_s=time.monotonic() - started,
     )
 
@@ -110,16 +114,41 @@ class Proximal:
         self._zero = torch.zeros((), device=parameters[0].device)
 
     def add_gradient(self) -> Tensor:
-        """Add mu (w - w0) to every gradient; returns the term's value."""
+        """Add mu (w - w0) to every gradient there is; returns the term's value."""
         if self._mu == 0:
             return self._zero
         with torch.no_grad():
             torch._foreach_copy_(self._difference, list(self._parameters))
             torch._foreach_sub_(self._difference, self.start)
-            gradients = [p.grad for p in self._parameters if p.grad is not None]
-            torch._foreach_add_(gradients, self._difference, alpha=self._mu)
+            pairs = zip(self._parameters, self._difference, strict=True)
+            pulled = [(p.grad, difference) for p, difference in pairs if p.grad is not None]
+            gradients, differences = [g for g, _ in pulled], [d for _, d in pulled]
+            torch._foreach_add_(gradients, differences, alpha=self._mu)
             norms = torch.stack(torch._foreach_norm(self._difference))
         return self._mu / 2 * norms.square().sum()
+
+
+class LossView:
+    """The loss of a step for those who watch; a CUDA device is not waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._copy = torch.empty((), pin_memory=device.type == "cuda")
+        self._arrived: torch.cuda.Event | None = None
+        self._value: float | None = None
+
+    def read(self, loss: Tensor) -> float | None:
+        """``loss`` itself on the CPU; on CUDA one of an earlier call, None until one has arrived.
+
+        The copy of ``loss`` is under way when this returns; one is under way at a time.
+        """
+        if loss.device.type != "cuda":
+            return float(loss)
+        if self._arrived is not None and self._arrived.query():  # type: ignore[no-untyped-call]
+            self._value, self._arrived = float(self._copy), None
+        if self._arrived is None:
+            self._copy.copy_(loss, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(loss.device).record_event()
+        return self._value
 
 
 def learning_rate_at(plan: LearningRate, step: int) -> float:
@@ -178,25 +207,16 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _backward(
-    policy: nn.Module, batch: Batch, micro_size: int, device: torch.device, loss_sum: LossSum
-) -> tuple[Tensor, int]:
-    """Gradients of the mean loss over ``batch``; that loss, and the micro batch size that fitted.
-
-    When memory is short the micro batch is halved and the step begun again; the samples of a step
-    stay the same.
-    """
-    while True:
-        try:
-            return _accumulate(policy, batch, micro_size, device, loss_sum), micro_size
-        except torch.cuda.OutOfMemoryError as error:
-            if micro_size == 1:
-                raise ModelError(
-                    "out of memory even with one sample at a time",
-                    hint="use a machine with more memory, or a smaller model or picture size",
-                ) from error
-            micro_size = (micro_size + 1) // 2
-            logger.warning("out of memory: going on with %d samples at a time", micro_size)
-        torch.cuda.empty_cache()
+    policy: nn.Module,
+    batch: Batch,
+    micro_batch: MicroBatch,
+    device: torch.device,
+    loss_sum: LossSum,
+) -> Tensor:
+    """Gradients of the mean loss over ``batch``, and that loss."""
+    return micro_batch.run(
+        len(batch["action"]), lambda size: _accumulate(policy, batch, size, device, loss_sum)
+    )
 
 
 def _accumulate(
@@ -205,8 +225,7 @@ def _accumulate(
     policy.zero_grad(set_to_none=True)
     count = valid_entries(batch)
     total = torch.zeros((), device=device)
-    for start in range(0, len(batch["action"]), micro_size):
-        part = {name: tensor[start : start + micro_size] for name, tensor in batch.items()}
+    for part in split_batch(batch, micro_size):
         with autocast(device):
             loss = loss_sum(policy, to_device(part, device)) / count
         loss.backward()  # type: ignore[no-untyped-call]
@@ -225,7 +244,7 @@ def _means(records: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[float]:
     finite = torch.isfinite(table).all(dim=1)
     if not finite.all():
         step = int((~finite).nonzero()[0])
-        raise ModelError(
+        raise DivergedError(
             f"training diverged: loss {table[step, 0]:g}, gradient norm {table[step, 2]:g} "
             f"in step {step + 1} of {len(records)}",
             hint="lower initial-lr, or look for outliers in the dataset's states and actions",

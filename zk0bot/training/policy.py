@@ -273,6 +273,8 @@ def _checkpoint_config(folder: Path, policy: PolicyConfig) -> SmolVLAConfig:
 def _load_weights(policy: SmolVLAPolicy, path: Path) -> None:
     try:
         missing, unknown = load_model(policy, path, strict=False)
+    except SafetensorError as error:
+        raise ModelError(f"{path} is no readable safetensors file: {error}") from error
     except RuntimeError as error:
         raise ModelError(
             f"the tensors in {path} have other shapes: {error}",

@@ -3,7 +3,7 @@
 Shape letters: N frames, B batch, C channels, H, W pixels, T chunk steps, A action dimensions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,12 @@ def seeded_generator(seed: Sequence[int]) -> torch.Generator:
     """A generator of its own for every sequence of numbers."""
     state = np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def split_batch(batch: Mapping[str, Tensor], size: int) -> Iterator[Batch]:
+    """The batch in parts of ``size`` samples, the last with what is left."""
+    for start in range(0, len(batch[ACTION]), size):
+        yield {name: tensor[start : start + size] for name, tensor in batch.items()}
 
 
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> Batch:

@@ -1,5 +1,7 @@
 """What the trainer says of itself, in two files: one for its owner, one for the egress hop."""
 
+import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -8,15 +10,20 @@ from typing import Literal
 
 from zk0bot.config.paths import node_progress, trainer_state
 from zk0bot.files import write_json
-from zk0bot.records import NodeProgress, TrainerState, now
+from zk0bot.records import NodeProgress, Record, TrainerState, now
 from zk0bot.training.protocol import Failure
+
+logger = logging.getLogger(__name__)
 
 INTERVAL_S = 0.25
 """Progress is written at most this often."""
 
 
 class Reporter:
-    """Keeps TrainerState and NodeProgress on disk up to date."""
+    """Keeps TrainerState and NodeProgress on disk up to date.
+
+    Where they cannot be written, as on a full disk, a warning is logged and work goes on.
+    """
 
     def __init__(self, owner_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._state_path = trainer_state(owner_dir)
@@ -63,11 +70,16 @@ class Reporter:
         """Say at once which order is in work."""
         self._write_progress(NodeProgress(run_id=run_id, round=round_, phase=phase, steps=steps))
 
-    def step(self, step: int, loss: Callable[[], float] | None = None) -> None:
-        """Say how far the order is; throttled, so ``loss`` is only computed when it is shown."""
+    def step(self, step: int, loss: Callable[[], float | None] | None = None) -> None:
+        """Say how far the order is; throttled, so ``loss`` is only computed when it is shown.
+
+        A loss that is NaN or infinite is shown as none.
+        """
         if not self._is_due():
             return
         value = None if loss is None else loss()
+        if value is not None and not math.isfinite(value):
+            value = None
         self._write_progress(self._order.model_copy(update={"step": step, "loss": value}))
 
     def end_order(self) -> None:
@@ -83,8 +95,14 @@ class Reporter:
 
     def _write_state(self, **changes: object) -> None:
         self.state = self.state.model_copy(update={**changes, "updated_at": now()})
-        write_json(self._state_path, self.state, mode=0o600)
+        self._write(self._state_path, self.state)
 
     def _write_progress(self, progress: NodeProgress) -> None:
         self._order = progress
-        write_json(self._progress_path, progress, mode=0o600)
+        self._write(self._progress_path, progress)
+
+    def _write(self, path: Path, record: Record) -> None:
+        try:
+            write_json(path, record, mode=0o600)
+        except OSError as error:
+            logger.warning("%s is not written: %s", path.name, error)

@@ -7,30 +7,41 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from safetensors import SafetensorError
 from torch import Tensor
 
 from zk0bot.config.models import ClientConfig, PolicyConfig
 from zk0bot.config.paths import Paths
-from zk0bot.errors import ConfigError, DataError, ModelError
+from zk0bot.errors import ConfigError, DataError, MemoryShortError, ModelError, ServiceError
 from zk0bot.sim.rollout import Floats, mean_trajectory_actor
 from zk0bot.training.checkpoint import save_checkpoint
 from zk0bot.training.data import Dataset, check_fits, dataset_id, find_dataset, load_dataset
 from zk0bot.training.evaluation import (
     EVALUATION_BATCH,
+    StepProgress,
     mean_loss,
     policy_actor,
     run_rollout,
     stratified_frames,
 )
 from zk0bot.training.exchange import Exchange
-from zk0bot.training.loop import TrainOutcome, TrainPlan, batch_order, drawn_ahead, train_steps
+from zk0bot.training.loop import (
+    LossSum,
+    LossView,
+    TrainOutcome,
+    TrainPlan,
+    batch_order,
+    drawn_ahead,
+    train_steps,
+)
+from zk0bot.training.memory import MicroBatch
 from zk0bot.training.policy import (
     TINY_NAME,
     base_hash,
@@ -86,6 +97,10 @@ class LoadedPolicy:
     base_hash: str
     initial: dict[str, Tensor]
     """Its trained tensors as built."""
+    training: MicroBatch = field(default_factory=MicroBatch)
+    """What fits with gradients."""
+    evaluation: MicroBatch = field(default_factory=MicroBatch)
+    """What fits without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +115,18 @@ class OwnData:
 class Service:
     """Serves one request at a time; owns the policy, the dataset and the exchange folder."""
 
-    def __init__(self, owner_dir: Path, paths: Paths, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        owner_dir: Path,
+        paths: Paths,
+        reporter: Reporter,
+        *,
+        loss_sum: LossSum = flow_loss_sum,
+    ) -> None:
         self._owner_dir = owner_dir
         self._paths = paths
         self._reporter = reporter
+        self._loss_sum = loss_sum
         self._exchange = Exchange(owner_dir)
         self._device = torch.device("cpu")
         self._own: OwnData | None = None
@@ -145,8 +168,12 @@ class Service:
         except torch.cuda.OutOfMemoryError as error:
             self._loaded = None
             torch.cuda.empty_cache()
-            raise ModelError(
+            raise MemoryShortError(
                 f"out of memory: {error}", hint="end other programs on this device, or set device"
+            ) from error
+        except SafetensorError as error:  # those of reading are told apart where files are read
+            raise ServiceError(
+                f"tensors cannot be written: {error}", hint="free some disk space"
             ) from error
 
     @functools.singledispatchmethod
@@ -360,6 +387,7 @@ class Service:
             return with_noise(feed.batch(dataset.train[places]), feed.noise_shape, (*key, step))
 
         draw: Callable[[int], Batch] = draw_one
+        view = LossView(self._device)
         self._reporter.set_state("working", "training")
         self._reporter.begin_order("training", run_id=run_id, round_=round_, steps=plan.steps)
         with contextlib.ExitStack() as stack:
@@ -370,8 +398,9 @@ class Service:
                 loaded.policy,
                 draw,
                 plan,
-                loss_sum=flow_loss_sum,
-                progress=lambda step, loss: self._reporter.step(step, loss.item),
+                loss_sum=self._loss_sum,
+                progress=lambda step, loss: self._reporter.step(step, lambda: view.read(loss)),
+                micro_batch=loaded.training,
             )
         self._reporter.end_order()
         return outcome
@@ -385,9 +414,25 @@ class Service:
     ) -> float:
         self._reporter.set_state("working", "evaluating")
         self._reporter.begin_order("evaluating", run_id=run_id, round_=round_, steps=len(frames))
-        loss = mean_loss(loaded.policy, feed, frames, lambda done, total: self._reporter.step(done))
+        loss = self._mean_loss(loaded, feed, frames, lambda done, _: self._reporter.step(done))
         self._reporter.end_order()
         return loss
+
+    def _mean_loss(
+        self,
+        loaded: LoadedPolicy,
+        feed: Feed,
+        frames: Ints,
+        progress: StepProgress = lambda k, n: None,
+    ) -> float:
+        return mean_loss(
+            loaded.policy,
+            feed,
+            frames,
+            progress,
+            loss_sum=self._loss_sum,
+            micro_batch=loaded.evaluation,
+        )
 
     def _set_loss(
         self, loaded: LoadedPolicy, request: AssessRequest, number: int, uri: str
@@ -397,7 +442,7 @@ class Service:
         frames = stratified_frames(
             dataset.recording.episode_N, dataset.train, request.eval_batches * EVALUATION_BATCH
         )
-        loss = mean_loss(loaded.policy, self._feed(loaded, dataset, request.statistics), frames)
+        loss = self._mean_loss(loaded, self._feed(loaded, dataset, request.statistics), frames)
         return DatasetLoss(
             dataset_name=uri, evaldata_id=number, loss=loss, num_examples=len(frames)
         )

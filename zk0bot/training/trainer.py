@@ -98,10 +98,9 @@ class Desk:
                 continue
             waiting = {name for other in list(self._jobs.queue) for name in other.files}
             self._reporter.set_state("working", job.request.op)
-            answer = _answer(service, job.request, job.files | waiting)
-            self._reporter.end_order()
+            _send(job.connection, _answer(service, job.request, job.files | waiting))
             self._reporter.set_state("ready")
-            _send(job.connection, answer)
+            self._reporter.end_order()
 
     def refuse_all(self, failure: Failure) -> NoReturn:
         """Answer every request with the reason why none can be served."""

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from torch import Tensor, nn
 
+from zk0bot.errors import MemoryShortError
 from zk0bot.training.data import Dataset
 from zk0bot.training.evaluation import (
     mean_loss,
@@ -14,7 +16,9 @@ from zk0bot.training.evaluation import (
     run_rollout,
     stratified_frames,
 )
-from zk0bot.training.processing import Feed
+from zk0bot.training.memory import MicroBatch
+from zk0bot.training.policy import flow_loss_sum
+from zk0bot.training.processing import Batch, Feed
 from zk0bot.training.protocol import RolloutRequest
 
 
@@ -41,6 +45,24 @@ def test_held_out_loss_does_not_depend_on_chance(tiny: SmolVLAPolicy, dataset: D
     torch.manual_seed(2)
     assert mean_loss(tiny, feed, dataset.heldout) == first
     assert first > 0.5  # an untrained policy
+
+
+def test_short_memory_does_not_change_the_loss(tiny: SmolVLAPolicy, dataset: Dataset) -> None:
+    def picky(policy: nn.Module, batch: Batch) -> Tensor:
+        if len(batch["action"]) > 7:
+            raise torch.cuda.OutOfMemoryError
+        return flow_loss_sum(tiny, batch)
+
+    def starving(policy: nn.Module, batch: Batch) -> Tensor:
+        raise torch.cuda.OutOfMemoryError
+
+    feed, micro_batch = Feed(dataset, tiny, dataset.statistics), MicroBatch()
+    whole = mean_loss(tiny, feed, dataset.heldout)
+    parts = mean_loss(tiny, feed, dataset.heldout, loss_sum=picky, micro_batch=micro_batch)
+    assert parts == pytest.approx(whole, rel=1e-6)
+    assert micro_batch.size(64) == 5  # 40, 20, 10, 5
+    with pytest.raises(MemoryShortError):
+        mean_loss(tiny, feed, dataset.heldout, loss_sum=starving)
 
 
 @pytest.mark.slow

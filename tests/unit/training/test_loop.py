@@ -7,9 +7,10 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor, nn
 
 from tests.fakes import HungryPolicy, squared_distance_sum
-from zk0bot.errors import ModelError
+from zk0bot.errors import DivergedError, MemoryShortError
 from zk0bot.training.data import Dataset
 from zk0bot.training.loop import (
+    LossView,
     Proximal,
     TrainOutcome,
     TrainPlan,
@@ -121,7 +122,7 @@ def test_short_memory_halves_the_parts_and_keeps_the_batch(
 
 def test_memory_short_for_one_sample_is_an_error() -> None:
     plan = TrainPlan(steps=1, batch_size=4, learning_rate=build_rate())
-    with pytest.raises(ModelError, match="out of memory even with one sample"):
+    with pytest.raises(MemoryShortError, match="out of memory even with one sample"):
         train_steps(
             HungryPolicy(0),
             lambda step: targets(torch.zeros(4)),
@@ -142,6 +143,17 @@ def test_proximal_term_is_the_closed_form() -> None:
     assert parameters[0].grad is not None and parameters[1].grad is not None
     assert parameters[0].grad.tolist() == [1 + 0.5 * 2.0, 1.0]
     assert parameters[1].grad.tolist() == [[1 - 0.5 * 1.0]]
+
+
+def test_proximal_term_leaves_out_what_has_no_gradient() -> None:
+    unused, used = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.tensor([[3.0]]))
+    term = Proximal([unused, used], mu=0.5)
+    with torch.no_grad():
+        used.add_(1.0)
+    used.grad = torch.ones_like(used)
+    assert float(term.add_gradient()) == pytest.approx(0.5 / 2)
+    assert unused.grad is None
+    assert used.grad.tolist() == [[1.5]]
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 3.0])
@@ -167,7 +179,7 @@ def test_a_loss_that_is_no_number_stops_the_round(value: float) -> None:
     def draw(step: int) -> Batch:
         return targets(torch.tensor([value if step == 2 else 1.0]))
 
-    with pytest.raises(ModelError, match=r"training diverged: loss (nan|inf).* in step 3 of 4"):
+    with pytest.raises(DivergedError, match=r"training diverged: loss (nan|inf).* in step 3 of 4"):
         train_steps(HungryPolicy(1), draw, plan, loss_sum=squared_distance_sum)
 
 
@@ -192,6 +204,11 @@ def test_progress_tells_every_step() -> None:
     )
     assert [step for step, _ in told] == [1, 2]
     assert told[0][1] == 4.0
+
+
+def test_a_loss_on_the_cpu_is_shown_as_it_is() -> None:
+    view = LossView(torch.device("cpu"))
+    assert [view.read(torch.tensor(value)) for value in (1.5, 2.5)] == [1.5, 2.5]
 
 
 def test_learning_rate_goes_on_over_rounds() -> None:

@@ -120,6 +120,14 @@ def test_a_damaged_tensor_file_is_named(tmp_path: Path) -> None:
             read(tmp_path / "absent.safetensors")
 
 
+def test_a_damaged_checkpoint_is_named(tiny: SmolVLAPolicy, tmp_path: Path) -> None:
+    save_checkpoint(tiny, None, tmp_path / "it", card="", metrics={})
+    (tmp_path / "it" / "model.safetensors").write_bytes(b"nothing")
+    spec = PolicySpec(policy=PolicyConfig(model_name=str(tmp_path / "it")), seed=0)
+    with pytest.raises(ModelError, match=r"model\.safetensors is no readable"):
+        build_policy(spec, Paths(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

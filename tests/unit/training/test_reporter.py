@@ -1,4 +1,6 @@
+import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -39,6 +41,29 @@ def test_progress_is_written_four_times_a_second(tmp_path: Path) -> None:
     assert progress.phase == "training" and progress.loss == 0.5
     reporter.end_order()
     assert read_record(node_progress(tmp_path), NodeProgress) == NodeProgress(phase="ready")
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_not_shown(tmp_path: Path, loss: float) -> None:
+    reporter = Reporter(tmp_path, Clock())
+    reporter.begin_order("training", run_id="7", round_=2, steps=100)
+    reporter.step(3, lambda: loss)
+    progress = read_record(node_progress(tmp_path), NodeProgress)
+    assert (progress.step, progress.loss) == (3, None)
+
+
+def test_work_goes_on_where_nothing_can_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "owner"
+    reporter = Reporter(folder, Clock())
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    reporter.set_state("ready")
+    reporter.end_order()
+    assert reporter.state.state == "ready"
+    assert "trainer.json is not written" in caplog.text
+    assert "progress.json is not written" in caplog.text
 
 
 def test_failure_is_kept_with_its_hint(tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""Requests to a node's service, without the process around it."""
+
+import itertools
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from zk0bot.config.models import ClientConfig
+from zk0bot.config.paths import Paths, node_progress
+from zk0bot.errors import DivergedError, MemoryShortError, ServiceError
+from zk0bot.files import read_record
+from zk0bot.records import NodeProgress
+from zk0bot.training.loop import LossSum
+from zk0bot.training.policy import flow_loss_sum
+from zk0bot.training.processing import Batch
+from zk0bot.training.protocol import (
+    InitRequest,
+    InitResult,
+    LearningRate,
+    PolicySpec,
+    TrainRequest,
+    TrainResult,
+)
+from zk0bot.training.reporter import Reporter
+from zk0bot.training.service import Service
+
+Open = Callable[[LossSum], Service]
+
+
+class Hungry:
+    """SmolVLA's loss, out of memory with more than ``capacity`` samples at a time."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.refused = 0
+
+    def __call__(self, policy: nn.Module, batch: Batch) -> Tensor:
+        if len(batch["action"]) > self.capacity:
+            self.refused += 1
+            raise torch.cuda.OutOfMemoryError
+        return flow_loss_sum(policy, batch)
+
+
+@pytest.fixture
+def open_service(tmp_path: Path, shared_paths: Paths, dataset_root: Path) -> Open:
+    """Opens a node with a given loss; each step is reported, as if it took a second."""
+
+    def open_(loss_sum: LossSum) -> Service:
+        ticks = itertools.count()
+        reporter = Reporter(tmp_path, lambda: float(next(ticks)))
+        service = Service(tmp_path, shared_paths, reporter, loss_sum=loss_sum)
+        service.load(
+            ClientConfig(dataset_uri=f"local:{dataset_root}", heldout_episodes=2, device="cpu")
+        )
+        return service
+
+    return open_
+
+
+@contextmanager
+def nothing_written() -> Iterator[None]:
+    """No byte reaches a file of this process, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def order(service: Service, spec: PolicySpec, *, lr: float = 1e-3, round_: int = 1) -> TrainResult:
+    """The answer to an order of three steps of 8 samples, the received weights tried before."""
+    init = service.answer(InitRequest(spec=spec), set())
+    assert isinstance(init, InitResult)
+    request = TrainRequest(
+        spec=spec,
+        base_hash=init.base_hash,
+        run_id="run",
+        round=round_,
+        weights_path=init.weights_path,
+        statistics=None,
+        local_steps=3,
+        batch_size=8,
+        learning_rate=LearningRate(
+            scheduler="constant",
+            initial_lr=lr,
+            eta_min=0,
+            warmup_steps=0,
+            first_step=0,
+            total_steps=3,
+        ),
+        proximal_mu=0,
+        seed=0,
+        evaluate_first=True,
+    )
+    result = service.answer(request, {init.weights_path})
+    assert isinstance(result, TrainResult)
+    return result
+
+
+def test_divergence_is_told_as_such(open_service: Open, spec: PolicySpec, tmp_path: Path) -> None:
+    service = open_service(flow_loss_sum)
+    with pytest.raises(DivergedError, match=r"training diverged: loss (nan|inf)"):
+        order(service, spec, lr=1e30)
+    progress = read_record(node_progress(tmp_path), NodeProgress)
+    assert (progress.phase, progress.step, progress.loss) == ("training", 3, None)
+    assert order(service, spec).num_steps == 3  # nothing of it is left
+
+
+def test_what_fits_is_found_out_once(open_service: Open, spec: PolicySpec) -> None:
+    whole = order(open_service(flow_loss_sum), spec)
+    hungry = Hungry(3)
+    service = open_service(hungry)
+    first = order(service, spec)
+    assert first.micro_batch_size == 2
+    assert first.heldout_loss == pytest.approx(whole.heldout_loss, rel=1e-5)
+    refused = hungry.refused
+    second = order(service, spec, round_=2)
+    assert (hungry.refused, second.micro_batch_size) == (refused, 2)
+
+
+def test_memory_short_for_one_sample_is_told_as_such(open_service: Open, spec: PolicySpec) -> None:
+    with pytest.raises(MemoryShortError, match="even with one sample at a time"):
+        order(open_service(Hungry(0)), spec)
+
+
+def test_a_full_disk_is_told_and_survived(open_service: Open, spec: PolicySpec) -> None:
+    service = open_service(flow_loss_sum)
+    service.answer(InitRequest(spec=spec), set())
+    with nothing_written(), pytest.raises(ServiceError, match="cannot be written") as caught:
+        service.answer(InitRequest(spec=spec), set())
+    assert caught.value.hint == "free some disk space"
+    assert order(service, spec).num_steps == 3
