@@ -3,7 +3,9 @@
 Set while pytest collects, before anything reads them: huggingface_hub and torch look only once.
 """
 
+import contextlib
 import os
+import resource
 import shutil
 import socket
 import sys
@@ -71,6 +73,25 @@ def uv_environment(tmp_path: Path) -> dict[str, str]:
         "UV_COMPILE_BYTECODE": "0",
     }
     return environment | ({"UV_OFFLINE": "1"} if found else {})
+
+
+@pytest.fixture
+def full_disk() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A context in which this process cannot write a byte to any file: OSError, as on a full disk.
+
+    pytest's own capture cannot write either: print and log nothing to a stream inside.
+    """
+
+    @contextlib.contextmanager
+    def fill() -> Iterator[None]:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return fill
 
 
 @pytest.fixture

@@ -55,6 +55,13 @@ def started_at(pid: int) -> float | None:
     return None
 
 
+def command_of(process: psutil.Process) -> list[str]:
+    """Program and arguments; none when the process is gone or hides them."""
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return list(process.cmdline())
+    return []
+
+
 def is_alive(pid: int) -> bool:
     """Whether ``pid`` runs; a zombie does not."""
     with contextlib.suppress(psutil.NoSuchProcess):

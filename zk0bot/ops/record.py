@@ -1,12 +1,15 @@
 """Run records on disk: reading them, and closing those that nobody will finish."""
 
+import logging
 from dataclasses import dataclass, field
 
 from zk0bot.config.paths import Paths
 from zk0bot.errors import UnknownNameError
 from zk0bot.files import read_record, write_json
-from zk0bot.ops.process import find_started
+from zk0bot.ops.process import command_of, find_started
 from zk0bot.records import Record, RunRecord, RunState, Verdict, now
+
+logger = logging.getLogger(__name__)
 
 _GRACE_S = 20.0
 """A run without a ServerApp for this long is given up; one takes a few seconds to start."""
@@ -100,13 +103,19 @@ class OrphanWatch:
             return
         since = self._alone_since.setdefault(run.run_id, at)
         if at - since >= _GRACE_S:
-            close_run(self.paths, run.run_id, "failed", "its ServerApp ended without a verdict; "
-                      "zk0bot server logs serverapp")  # fmt: skip
+            self._give_up(run.run_id)
+
+    def _give_up(self, run_id: str) -> None:
+        reason = "its ServerApp ended without a verdict; zk0bot server logs -p serverapp"
+        try:
+            close_run(self.paths, run_id, "failed", reason)
+        except OSError as error:  # a full disk; the next look tries again
+            logger.warning("cannot close run %s: %s", run_id, error)
 
 
 def _has_serverapp(paths: Paths) -> bool:
     for process in find_started(paths.server_dir):
-        if any("flwr-serverapp" in part for part in process.cmdline()[:3]):
+        if any("flwr-serverapp" in part for part in command_of(process)[:3]):
             return True
     return False
 

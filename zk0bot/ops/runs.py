@@ -1,5 +1,6 @@
 """Submitting a run, watching it to its end, stopping it."""
 
+import contextlib
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from zk0bot.errors import ConfigError, RunError, ServiceError, SessionAbsentErro
 from zk0bot.files import private_dir, read_record, write_json
 from zk0bot.ops import control
 from zk0bot.ops.record import close_run, find_active_run, get_run, save_run
-from zk0bot.ops.services import Machine
+from zk0bot.ops.services import Machine, exclusive
 from zk0bot.ops.specs import SERVER_SESSION, superlink_address
 from zk0bot.ops.state import find_session
 from zk0bot.records import Record, RunRecord, RunState
@@ -41,28 +42,10 @@ def submit_run(machine: Machine, config: RunConfig) -> RunRecord:
     Raises SessionAbsentError without a server, RunError while another run is under way,
     ConfigError when results cannot be written.
     """
-    paths = machine.paths
-    superlink = _get_superlink(machine)
-    active = find_active_run(paths)
-    if active:
-        raise RunError(f"run {active.run_id} is {active.state}", hint="zk0bot stop ends it")
-    started = datetime.now()
-    run = RunRecord(
-        run_id=f"{started:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
-        num_rounds=config.num_server_rounds,
-        phase="starting",
-        output_dir=str(_make_output_dir(Path(config.output_dir), started)),
-    )
-    private_dir(paths.run_dir(run.run_id))
-    write_json(paths.run_config(run.run_id), config)
-    save_run(paths, run)
-    try:
-        flower_run_id = control.submit(superlink, run.run_id)
-    except (RunError, ServiceError) as error:
-        close_run(paths, run.run_id, "failed", error.message)
-        raise
-    write_json(_flower_path(paths, run.run_id), _FlowerRunId(flower_run_id=flower_run_id))
-    return run
+    with exclusive(machine.paths.root):
+        superlink = _get_superlink(machine)
+        run = _register(machine.paths, config)
+    return _submit(machine.paths, superlink, run)
 
 
 def watch(machine: Machine, run_id: str) -> Iterator[RunRecord]:
@@ -94,12 +77,44 @@ def stop_run(machine: Machine, on_wait: Callable[[str], None]) -> RunRecord:
     if active is None:
         raise RunError("no run is under way", hint="zk0bot runs")
     paths.stop_request(active.run_id).touch()
-    on_wait("the message in hand to end")
+    if not machine.host.panes(SERVER_SESSION):
+        return close_run(paths, active.run_id, "stopped", "stopped by request; its server is gone")
+    on_wait("the round loop to stop")
     run = _wait_final(paths, active.run_id, STOP_GRACE_S)
     if run.is_final:
         return run
-    _stop_by_force(machine, run.run_id)
+    with contextlib.suppress(ServiceError):  # a SuperLink that is gone runs nothing
+        _stop_by_force(machine, run.run_id)
     return close_run(paths, run.run_id, "stopped", "stopped by request")
+
+
+def _register(paths: Paths, config: RunConfig) -> RunRecord:
+    """The record of a new run, on disk. Raises RunError while another one is under way."""
+    active = find_active_run(paths)
+    if active:
+        raise RunError(f"run {active.run_id} is {active.state}", hint="zk0bot stop ends it")
+    started = datetime.now()
+    run = RunRecord(
+        run_id=f"{started:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
+        num_rounds=config.num_server_rounds,
+        phase="starting",
+        output_dir=str(_make_output_dir(Path(config.output_dir), started)),
+    )
+    private_dir(paths.run_dir(run.run_id))
+    write_json(paths.run_config(run.run_id), config)
+    save_run(paths, run)
+    return run
+
+
+def _submit(paths: Paths, superlink: str, run: RunRecord) -> RunRecord:
+    """Hand a registered run to Flower; it is closed as failed when that is refused."""
+    try:
+        flower_run_id = control.submit(superlink, run.run_id)
+    except (RunError, ServiceError) as error:
+        close_run(paths, run.run_id, "failed", error.message)
+        raise
+    write_json(_flower_path(paths, run.run_id), _FlowerRunId(flower_run_id=flower_run_id))
+    return run
 
 
 @dataclass

@@ -186,10 +186,17 @@ def exclusive(root: Path) -> Iterator[None]:
 
 
 def get_status(machine: Machine) -> Status:
-    """All that runs on this machine, and the last run."""
+    """All that runs on this machine, and the last run.
+
+    A run that a lost server has left behind is closed as failed.
+    """
     clients = list_clients(machine.paths, machine.host).clients
+    server = get_server_status(machine.paths, machine.host)
+    if server.state == "stopped":
+        with contextlib.suppress(OSError):  # a full disk; the next look closes it
+            record.close_active_runs(machine.paths, "failed", "the server went away")
     return Status(
-        server=get_server_status(machine.paths, machine.host),
+        server=server,
         clients=[client for client in clients if client.state != "stopped"],
         run=record.find_active_run(machine.paths) or record.find_last_run(machine.paths),
     )

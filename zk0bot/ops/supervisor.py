@@ -116,8 +116,12 @@ def _note_exit(watch: Watch, pane: Pane, at: float) -> Watch:
 
 
 def _save(spec: SessionSpec, watches: Mapping[str, Watch]) -> None:
+    """Write down what is remembered; on a full disk the processes matter more than this file."""
     services = {name: watch.record for name, watch in watches.items()}
-    write_json(supervisor_path(spec.dir), SupervisorRecord(pid=os.getpid(), services=services))
+    try:
+        write_json(supervisor_path(spec.dir), SupervisorRecord(pid=os.getpid(), services=services))
+    except OSError as error:
+        logger.warning("cannot write %s: %s", supervisor_path(spec.dir), error)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from zk0bot.errors import PortInUseError
-from zk0bot.ops.process import end, find_started, free_ports, is_alive, refuse_taken
+from zk0bot.ops.process import command_of, end, find_started, free_ports, is_alive, refuse_taken
 
 SLEEP = "import time; time.sleep(60)"
 STUBBORN = (
@@ -40,6 +41,17 @@ def test_children_whose_parent_is_gone_are_found_and_ended(tmp_path: Path) -> No
         assert (ended.killed, find_started(tmp_path)) == ((), [])
         assert is_alive(other.pid)
         other.kill()
+
+
+def test_a_process_that_is_gone_has_no_command(tmp_path: Path) -> None:
+    with spawn(STUBBORN, tmp_path) as stubborn:
+        assert stubborn.stdout is not None
+        stubborn.stdout.readline()
+        process = psutil.Process(stubborn.pid)
+        command = command_of(process)
+        stubborn.kill()
+    assert command[-1] == STUBBORN
+    assert command_of(process) == []
 
 
 def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:

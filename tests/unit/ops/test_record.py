@@ -1,5 +1,7 @@
 """Run records: listing, closing, and the watch for runs without a ServerApp."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from zk0bot.ops.record import (
 )
 from zk0bot.records import RunRecord, RunState
 
+FullDisk = Callable[[], AbstractContextManager[None]]
 STARTED = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 
 
@@ -65,4 +68,18 @@ def test_a_run_without_serverapp_is_closed_after_a_while(tmp_path: Path) -> None
         watch.look(at)
         assert get_run(paths, "a").state == "running"
     watch.look(124.0)
+    assert get_run(paths, "a").state == "failed"
+
+
+def test_a_full_disk_does_not_end_the_watch(
+    tmp_path: Path, full_disk: FullDisk, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = Paths(tmp_path)
+    save(paths, "a", "running")
+    watch = OrphanWatch(paths)
+    watch.look(100.0)
+    with full_disk():
+        watch.look(200.0)
+    assert "cannot close run a" in caplog.text
+    watch.look(300.0)
     assert get_run(paths, "a").state == "failed"

@@ -1,7 +1,17 @@
 """When a process is started again, decided without a clock or tmux."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+from fake_host import FakeHost
+
+from zk0bot.config.models import ServerConfig
+from zk0bot.config.paths import Paths
 from zk0bot.ops.host import Pane
-from zk0bot.ops.supervisor import STEADY_S, Watch, pause_s, step
+from zk0bot.ops.specs import Surroundings, server_session
+from zk0bot.ops.supervisor import STEADY_S, Watch, pause_s, step, supervise
 
 ALIVE = Pane(name="gateway", pid=1)
 DEAD = Pane(name="gateway", pid=1, is_dead=True, exit_status=-9)
@@ -39,3 +49,30 @@ def test_each_failure_in_a_row_doubles_the_pause() -> None:
 def test_a_process_that_ran_steadily_starts_again_soon() -> None:
     watch, _ = step(Watch(failures=6, begun_at=0.0), DEAD, at=STEADY_S + 1)
     assert watch.restart_at == STEADY_S + 2
+
+
+class BriefHost(FakeHost):
+    """The session is closed after the second look."""
+
+    looks = 0
+
+    def panes(self, session: str) -> list[Pane]:
+        self.looks += 1
+        return super().panes(session) if self.looks < 3 else []
+
+
+def test_a_full_disk_does_not_end_the_supervisor(
+    tmp_path: Path,
+    full_disk: Callable[[], AbstractContextManager[None]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    spec = server_session(
+        Paths(tmp_path), ServerConfig(), Surroundings(python=Path("/venv/bin/python"), env={})
+    )
+    host = BriefHost()
+    host.start(spec, spec.processes)
+    host.die(spec.name, "gateway", 1)
+    with full_disk():
+        supervise(spec, host)
+    assert host.looks == 3
+    assert caplog.text.count("cannot write") == 2
