@@ -294,7 +294,7 @@ def test_a_federation_from_the_command_line(
     client = run_zk0bot(tmp_path, "client", "start", dataset, "--set", "heldout-episodes=2")
     assert client.returncode == 0, client.stderr
     _kill_and_see_it_again(machine)
-    small = ("min-fit-clients=1", "local-steps=2", "batch-size=4", "heldout-episodes=2")
+    small = ("min-fit-clients=1", "local-steps=2", "batch-size=4")
     pairs = [part for pair in small for part in ("--set", pair)]
     run = run_zk0bot(tmp_path, "run", "--rounds", "1", *pairs, "--json")
     record = json.loads(run.stdout)

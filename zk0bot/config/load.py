@@ -123,10 +123,10 @@ def find_secrets(paths: Paths) -> dict[str, str]:
 
 def load_run(sources: Sources, env: Mapping[str, str] | None = None) -> Loaded[RunConfig]:
     """Settings of a run. Raises ConfigError (exit status 2) naming the key and its value."""
-    layers = _layers(sources, "run", RunConfig, _environment(env))
-    policy_layers = _layers(
-        Sources(file=sources.file, pairs=_policy_pairs(sources)), "policy", PolicyConfig, {}
-    )
+    environment = _environment(env)
+    layers = _layers(sources, "run", RunConfig, environment)
+    policy_sources = Sources(file=sources.file, pairs=_policy_pairs(sources))
+    policy_layers = _layers(policy_sources, "policy", PolicyConfig, environment)
     merged, policy = _merge(layers), _merge(policy_layers)
     name = merged.get("model_name") or policy.get("model_name") or RunConfig().model_name
     model = {"model_name": _make_absolute(str(name))}
@@ -358,8 +358,8 @@ def _explain(item: Any) -> str:
     """One line of a pydantic error: the key, what is wrong, the value."""
     key = ".".join(_kebab(str(part)) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
-    if not key:
-        return str(message)
+    if item["type"] == "value_error":  # a contradiction: the message names the values
+        return ": ".join(filter(None, (key, message)))
     if item["type"] == "extra_forbidden":
         return f"unknown setting {key!r}"
     return f"{key}: {message[0].lower()}{message[1:]}, got {json.dumps(item['input'], default=str)}"

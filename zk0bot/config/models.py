@@ -22,7 +22,7 @@ class PolicyConfig(Settings):
     """``tiny`` (built offline), a hub id such as ``lerobot/smolvla_base``, or a local folder."""
     model_revision: str = ""
     """Commit, tag or branch of a hub id; empty: its main branch."""
-    cameras: tuple[str, ...] = ("front",)
+    cameras: tuple[str, ...] = Field(("front",), min_length=1)
     """Camera names the policy sees, in order; a node maps its own names onto these."""
     image_size: int = Field(64, ge=16)
     """Side of the square images the policy works on, in pixels."""
@@ -37,6 +37,14 @@ class PolicyConfig(Settings):
     """Flow-matching steps per chunk at inference."""
     trained_part: Literal["expert", "all"] = "all"
     """``expert``: the action expert and projections. ``all``: vision and text layers too."""
+
+    @model_validator(mode="after")
+    def _refuse_steps_beyond_the_chunk(self) -> Self:
+        if self.n_action_steps > self.chunk_size:
+            raise ValueError(
+                f"n-action-steps ({self.n_action_steps}) is above chunk-size ({self.chunk_size})"
+            )
+        return self
 
 
 class RunConfig(Settings):
@@ -90,8 +98,6 @@ class RunConfig(Settings):
     """How long a run waits for min-fit-clients before it fails."""
     worse_margin: float = Field(0.02, ge=0)
     """Held-out loss may end this share above round 0 before the run counts as failed."""
-    heldout_episodes: int = Field(10, ge=0)
-    """Last episodes of each client's dataset that training never sees."""
     seed: int = Field(0, ge=0)
     """Seed of initial weights, sampling and flow noise."""
     output_dir: str = "outputs"

@@ -104,7 +104,6 @@ def build_run_config(options: DemoOptions) -> RunConfig:
         "eval_frequency": max(1, rounds // 10),
         "eval_datasets": tuple(evaluation_uris(options)),
         "checkpoint_interval": 0,
-        "heldout_episodes": HELDOUT_EPISODES,
         "seed": options.seed,
         "output_dir": str(options.output),
     }

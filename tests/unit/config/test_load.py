@@ -76,6 +76,34 @@ def test_policy_settings_by_table_and_by_pair(tmp_path: Path) -> None:
     assert (config.policy.chunk_size, config.policy.cameras) == (5, ("top", "wrist"))
 
 
+def test_policy_settings_by_variable(tmp_path: Path) -> None:
+    file = write(tmp_path, "[policy]\nchunk-size = 5\nimage-size = 128")
+    env = {"ZK0BOT_CHUNK_SIZE": "12", "ZK0BOT_CAMERAS": "top,wrist", "ZK0BOT_N_ACTION_STEPS": "9"}
+    loaded = load_run(Sources(file=file, pairs=("policy.n-action-steps=4",)), env)
+    policy = loaded.config.policy
+    assert (policy.chunk_size, policy.cameras, policy.image_size) == (12, ("top", "wrist"), 128)
+    assert (policy.n_action_steps, loaded.notices) == (4, ())
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("policy.chunk-size=9", "policy: n-action-steps (10) is above chunk-size (9)"),
+        ("policy.cameras=[]", "policy.cameras: tuple should have at least 1 item"),
+    ],
+)
+def test_a_policy_that_cannot_act_is_refused(pair: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run(Sources(pairs=(pair,)), {})
+    assert caught.value.message.startswith(message)
+    assert caught.value.message.count("policy") == 1
+
+
+def test_a_run_does_not_set_what_each_client_holds_out() -> None:
+    with pytest.raises(UnknownNameError, match="unknown setting 'heldout-episodes'"):
+        load_run(Sources(pairs=("heldout-episodes=2",)), {})
+
+
 def test_an_unknown_key_offers_the_nearest() -> None:
     with pytest.raises(UnknownNameError) as caught:
         load_run(Sources(pairs=("local-step=3",)), {})
