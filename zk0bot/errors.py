@@ -14,7 +14,7 @@ Zk0Error                     1
 ├── RunError                 1  a federated run that cannot start or go on
 │   └── DeadlineError        1  a wait that ended without what it waited for
 ├── UpdateError              1  an update the server refuses
-└── TrainerError             1  the warm trainer failed; carries its own code
+└── TrainerError             1  the warm trainer failed; code and exit status of what failed there
 
 The number is the exit status. ``code`` is stable and part of the JSON promise.
 """
@@ -28,7 +28,7 @@ class Zk0Error(Exception):
     """What happened, with the value; ``hint`` is the command or step that mends it."""
 
     code: ClassVar[str] = "error"
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -113,3 +113,9 @@ class TrainerError(Zk0Error):
     def __init__(self, message: str, *, hint: str | None = None, remote_code: str = "") -> None:
         super().__init__(message, hint=hint)
         self.remote_code = remote_code or self.code
+        if self.remote_code in (ConfigError.code, UnknownNameError.code):
+            self.exit_code = ConfigError.exit_code
+
+    def to_dict(self) -> dict[str, str | None]:
+        """The JSON form, with the code at the origin."""
+        return {**super().to_dict(), "code": self.remote_code}

@@ -64,7 +64,8 @@ def start(
     }
     loaded = load_client(Sources(file=config, flags=flags, pairs=tuple(set_ or ())))
     show.notices(loaded.notices)
-    show.result(start_client(build_machine(show), loaded.config, show.waiting))
+    machine = build_machine(show, with_secrets=True)
+    show.result(start_client(machine, loaded.config, show.waiting))
 
 
 @app.command()

@@ -41,13 +41,16 @@ def get_show(ctx: typer.Context) -> Show:
     return show
 
 
-def build_machine(show: Show) -> Machine:
-    """This machine, with tmux unless a test brought another host."""
+def build_machine(show: Show, *, with_secrets: bool = False) -> Machine:
+    """This machine, with tmux unless a test brought another host.
+
+    Tokens are read for what starts processes only: ConfigError when others can read their file.
+    """
     paths = load_paths()
     env = inherited_environment()
     return Machine(
         paths=paths,
         host=show.host or TmuxHost(paths.tmux_socket, env),
         surroundings=Surroundings(python=Path(sys.executable), env=env),
-        secrets=find_secrets(paths),
+        secrets=find_secrets(paths) if with_secrets else {},
     )

@@ -16,7 +16,7 @@ from zk0bot.cli.option import (
     build_machine,
     get_show,
 )
-from zk0bot.config.load import Sources, load_server
+from zk0bot.config.load import Sources, load_paths, load_server
 from zk0bot.ops.services import get_attach_command, start_server, stop_server
 from zk0bot.ops.specs import SERVER_SESSION
 from zk0bot.ops.state import get_server_status
@@ -32,7 +32,7 @@ def start(
     show = get_show(ctx)
     loaded = load_server(Sources(file=config, pairs=tuple(set_ or ())))
     show.notices(loaded.notices)
-    show.result(start_server(build_machine(show), loaded.config, show.waiting))
+    show.result(start_server(build_machine(show, with_secrets=True), loaded.config, show.waiting))
 
 
 @app.command()
@@ -60,7 +60,7 @@ def logs(
 ) -> None:
     """Show the logs of the server's processes."""
     show = get_show(ctx)
-    show_logs(show, build_machine(show).paths.server_dir, process, lines, follow)
+    show_logs(show, load_paths().server_dir, process, lines, follow)
 
 
 @app.command("log", hidden=True)

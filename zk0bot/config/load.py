@@ -160,6 +160,12 @@ def load_catalogue() -> Catalogue:
     return _validate(Catalogue, _read_toml(configs_dir() / "datasets.toml"))
 
 
+def list_simulated_tasks() -> list[str]:
+    """Tasks of ``sim:`` URIs: the catalogue names them all."""
+    uris = [parse_dataset_uri(entry.uri) for entry in load_catalogue().clients]
+    return [uri.value for uri in uris if uri.kind == "sim"]
+
+
 def resolve_dataset(text: str) -> str:
     """The URI of a dataset given as URI or as a name of the catalogue."""
     if not text:

@@ -73,9 +73,7 @@ class TmuxHost:
     """Sessions on one tmux socket."""
 
     def __init__(self, socket: str, env: Mapping[str, str]) -> None:
-        """``env`` is all that the tmux server gets to see. ServiceError when there is no tmux."""
-        if shutil.which("tmux") is None:
-            raise ServiceError("tmux is not installed", hint=_install_command())
+        """``env`` is all that the tmux server gets to see. Without tmux there are no sessions."""
         self._socket = socket
         self._env = dict(env)
         self._server = libtmux.Server(socket_name=socket, config_file="/dev/null")
@@ -93,7 +91,12 @@ class TmuxHost:
         return panes
 
     def start(self, session: SessionSpec, processes: Sequence[ProcessSpec]) -> None:
-        """Open a window for each process, in ``session``, which is made if it is not there."""
+        """Open a window for each process, in ``session``, which is made if it is not there.
+
+        Raises ServiceError when tmux is not installed or refuses.
+        """
+        if not _is_installed():
+            raise ServiceError("tmux is not installed", hint=_install_command())
         for process in processes:
             if session.name in self.sessions():
                 self._do("new-window", "-d", "-t", f"={session.name}:", "-n", process.name,
@@ -151,6 +154,8 @@ class TmuxHost:
 
     def _ask(self, *arguments: str) -> list[str]:
         """Lines of tmux's answer; none where what it was asked about does not exist."""
+        if not _is_installed():
+            return []
         answer = self._server.cmd(*arguments)
         problem = " ".join(answer.stderr)
         if problem and not _NOTHING_THERE.search(problem):
@@ -166,6 +171,10 @@ class TmuxHost:
 def socket_path(socket: str, env: Mapping[str, str]) -> Path:
     """Where tmux keeps the socket of this name; tmux itself leaves it there when it ends."""
     return Path(env.get("TMUX_TMPDIR", "/tmp")) / f"tmux-{os.getuid()}" / socket
+
+
+def _is_installed() -> bool:
+    return shutil.which("tmux") is not None
 
 
 def _answers(path: Path) -> bool:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from zk0bot.config.episode import read_episodes
+from zk0bot.config.load import list_simulated_tasks
 from zk0bot.config.models import ClientConfig, ServerConfig
 from zk0bot.config.paths import (
     Paths,
@@ -141,7 +143,7 @@ def start_client(
     ``start_server`` raises, and TrainerError with the trainer's own reason.
     """
     slug = client_slug(config)
-    _refuse_missing_data(config.dataset_uri)
+    _refuse_bad_data(config)
     refuse_unreachable(config.server)
     with _undone_on_failure(machine) as begun:
         with exclusive(machine.paths.root):
@@ -297,12 +299,18 @@ def _refuse_running(machine: Machine, session: str, message: str, hint: str) -> 
         raise SessionExistsError(f"{message} (session {session})", hint=hint)
 
 
-def _refuse_missing_data(uri: str) -> None:
-    parsed = parse_dataset_uri(uri)
-    if parsed.kind == "local" and not Path(parsed.value).expanduser().is_dir():
+def _refuse_bad_data(config: ClientConfig) -> None:
+    """Raises ConfigError for what is known to be wrong before anything starts."""
+    read_episodes(config.episodes)
+    uri = parse_dataset_uri(config.dataset_uri)
+    if uri.kind == "local" and not Path(uri.value).expanduser().is_dir():
         raise ConfigError(
-            f"there is no folder {parsed.value}", hint="local:/path is a LeRobotDataset's folder"
+            f"there is no folder {uri.value}", hint="local:/path is a LeRobotDataset's folder"
         )
+    if uri.kind == "sim":
+        task, known = uri.value.partition("?")[0], list_simulated_tasks()
+        if task not in known:
+            raise UnknownNameError.of("simulated task", task, known)
 
 
 def _split_address(server: str) -> tuple[str, int]:
@@ -441,6 +449,7 @@ def _stop(machine: Machine, service_dir: Path, session: str) -> StopReport | Non
     panes = machine.host.panes(session)
     started = find_started(service_dir)
     if not panes and not started:
+        _forget(service_dir)
         return None
     supervisors = [pane.pid for pane in panes if pane.name == "supervisor"]
     first = [process for process in started if process.pid in supervisors]
@@ -448,8 +457,7 @@ def _stop(machine: Machine, service_dir: Path, session: str) -> StopReport | Non
     ended = [end(group, grace_s=STOP_GRACE_S) for group in (first, rest)]
     late = end(find_started(service_dir), grace_s=STOP_GRACE_S)  # children born in between
     machine.host.end(session)
-    secrets_path(service_dir).unlink(missing_ok=True)
-    session_path(service_dir).unlink(missing_ok=True)
+    _forget(service_dir)
     parts = [*ended, late]
     return StopReport(
         session=session,
@@ -457,6 +465,12 @@ def _stop(machine: Machine, service_dir: Path, session: str) -> StopReport | Non
         pids=[pid for part in parts for pid in part.pids],
         killed=[pid for part in parts for pid in part.killed],
     )
+
+
+def _forget(service_dir: Path) -> None:
+    """What tells of a running service, and its tokens."""
+    secrets_path(service_dir).unlink(missing_ok=True)
+    session_path(service_dir).unlink(missing_ok=True)
 
 
 def _clear_leftovers(service_dir: Path) -> None:

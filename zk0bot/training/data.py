@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from zk0bot.config.episode import read_episodes
 from zk0bot.config.models import PolicyConfig
 from zk0bot.config.paths import Paths
 from zk0bot.config.uri import parse_dataset_uri
@@ -161,20 +162,13 @@ def load_dataset(
 
 def parse_episodes(text: str, total: int) -> list[int]:
     """Episode numbers of ``"0-39,45"``, ascending; all ``total`` of them for an empty text."""
-    if not text.strip():
-        return list(range(total))
-    chosen: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = (word.strip() for word in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ConfigError(f"episodes {text!r} cannot be read", hint="write them as 0-39,45")
-        chosen.update(range(int(first), int(last if dash else first) + 1))
-    if not chosen or max(chosen) >= total:
+    chosen = read_episodes(text) or list(range(total))
+    if chosen[-1] >= total:
         raise ConfigError(
             f"episodes {text!r} are not all there: the dataset has 0-{total - 1}",
             hint="choose among those",
         )
-    return sorted(chosen)
+    return chosen
 
 
 def select_episodes(recording: Recording, numbers: Sequence[int]) -> Recording:

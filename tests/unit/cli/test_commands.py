@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 
 from zk0bot.cli.app import app
 from zk0bot.cli.show import Show
-from zk0bot.config.paths import Paths
+from zk0bot.config.paths import Paths, trainer_state
+from zk0bot.files import write_json
 from zk0bot.ops.record import save_run
-from zk0bot.records import RunRecord
+from zk0bot.ops.specs import ProcessSpec
+from zk0bot.records import RunRecord, TrainerState
 
 
 class Terminal:
@@ -153,6 +155,9 @@ def test_client_flags_reach_the_configuration(
         (["sim:touch-red", "--rename", "top"], "--rename top is not A=B"),
         (["sim:touch-red", "--device", "tpu"], "device: input should be"),
         (["sim:touch-red", "--set", "devise=cpu"], "unknown setting 'devise'"),
+        (["sim:touch-rad?seed=1"], "unknown simulated task 'touch-rad'"),
+        (["sim:touch-red", "--episodes", "0-x"], "episodes '0-x' cannot be read"),
+        (["sim:touch-red", "--episodes", "5-3"], "episodes '5-3' run backwards"),
     ],
 )
 def test_bad_client_input_is_refused(
@@ -161,6 +166,25 @@ def test_bad_client_input_is_refused(
     result = terminal("client", "start", *arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
+
+
+def test_what_the_trainer_refuses_keeps_its_code_and_status(
+    terminal: Terminal, processes: FakeProcesses, ports: tuple[int, int]
+) -> None:
+    terminal("server", "start")
+
+    def refuse(process: ProcessSpec) -> None:
+        if process.name == "trainer":
+            state = TrainerState(
+                state="failed", error_code="bad_config", error_message="episodes are not all there"
+            )
+            write_json(trainer_state(process.cwd), state)
+
+    terminal.host.play(refuse)
+    result = terminal("client", "start", "sim:touch-red", "--episodes", "900", "--json")
+    error = json.loads(result.stdout)["error"]
+    assert (result.exit_code, error["code"]) == (2, "bad_config")
+    assert error["message"] == "episodes are not all there"
 
 
 def test_a_public_host_is_refused_with_the_way_out(terminal: Terminal) -> None:
@@ -206,6 +230,43 @@ def test_an_output_folder_that_cannot_be_written_is_named(
     result = terminal("run", "--set", "output-dir=/proc/nowhere")
     assert result.exit_code == 2
     assert "error: cannot write results to /proc/nowhere" in result.stderr
+
+
+def test_a_readable_token_stops_starting_only(
+    terminal: Terminal, ports: tuple[int, int], home: Path
+) -> None:
+    token = home / ".zk0bot" / "hf_token"
+    token.parent.mkdir()
+    token.write_text("hf_secret")
+    token.chmod(0o644)
+    refused = terminal("server", "start")
+    assert (refused.exit_code, "chmod 600" in refused.stderr) == (2, True)
+    token.chmod(0o600)
+    terminal("server", "start")
+    token.chmod(0o644)
+    assert terminal("status").exit_code == 0
+    assert terminal("server", "stop").exit_code == 0
+
+
+def test_without_tmux_only_starting_is_refused(
+    tmp_path: Path, ports: tuple[int, int], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    log = home / ".zk0bot" / "server" / "logs" / "gateway.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("one\n")
+
+    def call(*arguments: str) -> Result:
+        return CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+    assert call("status").stdout.startswith("server: not running\n")
+    assert call("server", "logs").stdout == "one\n"
+    assert call("client", "list").exit_code == 0
+    assert call("server", "stop").stderr.startswith("error: the server is not running")
+    refused = call("server", "start")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("error: tmux is not installed\nhint: ")
+    assert not (home / ".zk0bot" / "server" / "session.json").exists()
 
 
 def test_attach_without_session_is_refused(terminal: Terminal) -> None:

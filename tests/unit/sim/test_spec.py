@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zk0bot.config.load import list_simulated_tasks
 from zk0bot.errors import ConfigError, UnknownNameError, Zk0Error
 from zk0bot.sim.spec import MAX_EPISODES, SimSpec, parse_sim_uri
 from zk0bot.sim.tasks import SECTORS, TASKS
@@ -72,3 +73,8 @@ def test_a_bad_value_is_refused_by_name(query: str) -> None:
 def test_another_scheme_is_refused() -> None:
     with pytest.raises(ConfigError, match="no simulated dataset"):
         parse_sim_uri("hf:owner/name")
+
+
+def test_the_catalogue_names_every_task() -> None:
+    """The terminal, which may not load the simulation, takes the tasks from there."""
+    assert list_simulated_tasks() == [task.name for task in TASKS]
