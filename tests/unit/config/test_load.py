@@ -97,6 +97,7 @@ def test_a_policy_that_cannot_act_is_refused(pair: str, message: str) -> None:
         load_run(Sources(pairs=(pair,)), {})
     assert caught.value.message.startswith(message)
     assert caught.value.message.count("policy") == 1
+    assert "got {" not in caught.value.message  # not the whole table
 
 
 def test_a_run_does_not_set_what_each_client_holds_out() -> None:
