@@ -5,11 +5,12 @@ A command's module is imported when the command is used, so that ``--help`` stay
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import typer
 import typer.core
 import typer.main
+from typer.models import ArgumentInfo
 
 from zk0bot.cli.show import Show
 from zk0bot.errors import Zk0Error
@@ -30,6 +31,9 @@ Exit status:
 
 State lies in ~/.zk0bot (ZK0BOT_HOME); results go to ./outputs. With --json, standard output is
 exactly one JSON document, errors included."""
+
+
+typer.core.HAS_RICH = False  # else plain help shows the escapes that Rich would have read
 
 
 class CommandEntry(NamedTuple):
@@ -81,7 +85,9 @@ class Application(typer.core.TyperGroup):
         entry = COMMANDS.get(cmd_name)
         if entry is None:
             return None
-        return typer.main.get_command(import_module(entry.module).app)
+        command = typer.main.get_command(import_module(entry.module).app)
+        _restore_argument_help(command)
+        return command
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
@@ -107,6 +113,20 @@ def main() -> None:
     """Entry point of the ``zk0bot`` program."""
     with interruptible():
         app(prog_name="zk0bot")
+
+
+def _restore_argument_help(command: Any) -> None:
+    """Say of each argument what its function says: click 8.5 drops what Typer 0.20 gave it."""
+    for part in getattr(command, "commands", {}).values():
+        _restore_argument_help(part)
+    arguments = [item for item in command.params if item.param_type_name == "argument"]
+    if not arguments:
+        return
+    hints = get_type_hints(command.callback.__wrapped__, include_extras=True)
+    for argument in arguments:
+        infos = getattr(hints[argument.name], "__metadata__", ())
+        argument.help = next(info.help for info in infos if isinstance(info, ArgumentInfo))
+    command.format_arguments = lambda ctx, formatter: None  # click's own list; Typer has one too
 
 
 def _wants_json(args: Sequence[str]) -> bool:

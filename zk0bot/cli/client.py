@@ -36,9 +36,14 @@ def start(
     ctx: typer.Context,
     dataset_uri: Annotated[
         str | None,
-        typer.Argument(help="hf:owner/name, owner/name, local:/path or sim:TASK."),
+        typer.Argument(
+            help="hf:owner/name, owner/name, local:/path, sim:TASK, or a name of "
+            "configs/datasets.toml."
+        ),
     ] = None,
-    server: Annotated[str | None, typer.Option(metavar="HOST:PORT")] = None,
+    server: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Default: 127.0.0.1:9092.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What the server calls this client.")] = None,
     episodes: Annotated[str | None, typer.Option(help="Such as 0-39,45.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision pin of a hub dataset.")] = None,

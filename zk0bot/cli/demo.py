@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from zk0bot.cli.demo_view import DemoView
-from zk0bot.cli.option import JsonFlag, build_machine, get_show
+from zk0bot.cli.option import JsonFlag, build_command, build_machine, get_show
 from zk0bot.cli.show import Show
 from zk0bot.config.paths import Paths
 from zk0bot.ops.demo import build_kept_notice, demo_root, run_demo, stop_all
@@ -16,7 +16,7 @@ from zk0bot.ops.host import TmuxHost
 from zk0bot.ops.services import Machine
 from zk0bot.records import RUN_EXIT_CODES
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+app = build_command()
 
 
 @app.command()

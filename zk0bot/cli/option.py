@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,12 +26,22 @@ ProcessName = Annotated[
     str | None, typer.Option("--process", "-p", help="Only this process's log.")
 ]
 
+_MANNER: dict[str, Any] = {
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "add_completion": False,
+}
+"""Plain help and tracebacks; the completion of shells belongs to the whole program."""
+
 
 def build_group(help: str) -> typer.Typer:
     """A command group in zk0bot's manner."""
-    return typer.Typer(
-        help=help, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
-    )
+    return typer.Typer(help=help, no_args_is_help=True, **_MANNER)
+
+
+def build_command() -> typer.Typer:
+    """A single command in zk0bot's manner."""
+    return typer.Typer(**_MANNER)
 
 
 def get_show(ctx: typer.Context) -> Show:

@@ -5,13 +5,13 @@ from typing import Annotated
 import typer
 
 from zk0bot.cli.live import follow
-from zk0bot.cli.option import ConfigFile, JsonFlag, Settings, build_machine, get_show
+from zk0bot.cli.option import ConfigFile, JsonFlag, Settings, build_command, build_machine, get_show
 from zk0bot.cli.view import RunView
 from zk0bot.config.load import Sources, load_run
 from zk0bot.ops.runs import submit_run, watch
 from zk0bot.records import RUN_EXIT_CODES
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+app = build_command()
 
 
 @app.command()

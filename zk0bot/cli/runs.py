@@ -2,11 +2,11 @@
 
 import typer
 
-from zk0bot.cli.option import JsonFlag, get_show
+from zk0bot.cli.option import JsonFlag, build_command, get_show
 from zk0bot.config.load import load_paths
 from zk0bot.ops.record import list_runs
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+app = build_command()
 
 
 @app.command()

@@ -2,10 +2,10 @@
 
 import typer
 
-from zk0bot.cli.option import JsonFlag, build_machine, get_show
+from zk0bot.cli.option import JsonFlag, build_command, build_machine, get_show
 from zk0bot.ops.services import get_status
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+app = build_command()
 
 
 @app.command()

@@ -2,11 +2,11 @@
 
 import typer
 
-from zk0bot.cli.option import JsonFlag, build_machine, get_show
+from zk0bot.cli.option import JsonFlag, build_command, build_machine, get_show
 from zk0bot.cli.view import RunView
 from zk0bot.ops.runs import stop_run
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+app = build_command()
 
 
 @app.command()

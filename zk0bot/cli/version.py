@@ -5,11 +5,11 @@ from importlib.metadata import version as version_of
 
 import typer
 
-from zk0bot.cli.option import JsonFlag, get_show
+from zk0bot.cli.option import JsonFlag, build_command, get_show
 from zk0bot.records import Record
 from zk0bot.version import __version__
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+app = build_command()
 
 
 class Versions(Record):

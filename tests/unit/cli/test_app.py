@@ -36,11 +36,40 @@ def test_help_lists_every_command_and_the_exit_statuses() -> None:
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_of_its_own(name: str) -> None:
-    result = CliRunner().invoke(app, [name, "--help"])
+GROUPS = {
+    "server": ("start", "stop", "status", "logs", "attach"),
+    "client": ("start", "stop", "status", "logs", "attach", "list"),
+}
+EVERY_COMMAND = [
+    *([name] for name in COMMANDS),
+    *([group, name] for group, names in GROUPS.items() for name in names),
+]
+
+
+@pytest.mark.parametrize("words", EVERY_COMMAND, ids=" ".join)
+def test_every_command_has_plain_help_of_its_own(words: list[str]) -> None:
+    result = CliRunner().invoke(app, [*words, "--help"])
     assert result.exit_code == 0
     assert "Usage: " in result.stdout
+    assert "\\" not in result.stdout
+    assert "--install-completion" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def help_of(*words: str) -> str:
+    """The help of a command, its lines joined."""
+    return " ".join(CliRunner().invoke(app, [*words, "--help"]).stdout.split())
+
+
+def test_help_says_what_arguments_and_limits_are() -> None:
+    start = help_of("client", "start")
+    assert "[DATASET_URI] hf:owner/name, owner/name, local:/path, sim:TASK, or a name" in start
+    assert start.count("local:/path") == 1
+    assert "--server HOST:PORT Default: 127.0.0.1:9092." in start
+    for name in ("stop", "status", "logs", "attach"):
+        assert "[CLIENT] Name or dataset URI; not needed when one runs." in help_of("client", name)
+    assert "Rounds of training and aggregation. [x>=1]" in help_of("run")
+    assert "--install-completion" in help_of()
 
 
 def test_help_and_status_load_nothing_heavy() -> None:
