@@ -197,6 +197,21 @@ def test_a_trainer_killed_at_work_costs_one_update_and_comes_back(machine: Machi
     assert 1 in counts and counts[-1] == 2, counts
 
 
+def test_a_killed_supernode_is_late_once_and_comes_back(machine: Machine) -> None:
+    supernode = machine.pid("green", "supernode")
+    run_id = machine.start_run(
+        "min-fit-clients=1", "local-steps=150", "round-deadline-s=12", rounds=8
+    )
+    machine.wait_for(run_id, lambda r: any(c["step"] > 10 for c in r["clients"]))
+    os.kill(supernode, signal.SIGKILL)
+    record = machine.wait_for(run_id, lambda r: r["state"].startswith(("completed", "failed")), 240)
+    assert record["state"] == "completed-with-warnings", record
+    assert any("green: no answer within 12 s" in line for line in record["verdict"]["reasons"])
+    metrics = Path(record["output_dir"]) / "server/federated_metrics.json"
+    counts = [entry["num_clients"] for entry in json.loads(metrics.read_text())]
+    assert 1 in counts and counts[-1] == 2, counts
+
+
 def test_a_killed_gateway_is_restarted_and_the_run_goes_on(machine: Machine) -> None:
     run_id = machine.start_run(rounds=6)
     machine.wait_for(run_id, lambda record: record["rounds_done"] >= 1)
