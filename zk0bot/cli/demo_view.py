@@ -14,6 +14,7 @@ from zk0bot.cli.live import render
 from zk0bot.cli.show import Show
 from zk0bot.cli.view import describe_round
 from zk0bot.ops.demo import Bar
+from zk0bot.ops.state import wrap_line
 from zk0bot.records import RunRecord
 
 _PLAIN_STEP = 20
@@ -73,7 +74,7 @@ class DemoView:
         """A line, unless the last one about ``name`` said the same."""
         if self._said.get(name) != (state, count):
             self._said[name] = (state, count)
-            self._show.note(f"  {text}")
+            self._show.note(wrap_line(text, indent="  "))
 
 
 def build_bars(bars: Sequence[Bar]) -> RenderableType:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from zk0bot.ops.state import format_bytes, format_duration
+from zk0bot.ops.state import format_bytes, format_duration, wrap_line
 from zk0bot.records import ClientProgress, RunRecord
 
 
@@ -19,9 +19,9 @@ class RunView:
         run = self._run
         lines = [f"run {run.run_id}: {run.state}"]
         reasons = run.verdict.reasons if run.verdict else [run.reason] if run.reason else []
-        lines += [f"  {reason}" for reason in reasons]
+        lines += [wrap_line(reason, indent="  ") for reason in reasons]
         if run.verdict and run.verdict.final_loss is not None:
-            lines.append(f"  held-out loss {describe_losses(run)}")
+            lines.append(wrap_line(f"held-out loss {describe_losses(run)}", indent="  "))
         if run.success is not None:
             lines.append(f"  closed-loop success {run.success:.0%}")
         lines.append(f"  {describe_traffic(run)}")
@@ -72,16 +72,19 @@ def describe_client(client: ClientProgress) -> str:
 
 
 def list_changes(before: RunRecord | None, after: RunRecord) -> list[str]:
-    """Plain lines for what changed: a new round or phase, a client's new phase."""
+    """Plain texts for what changed: a new round or phase, a client's new phase.
+
+    Each keeps to 80 columns and takes more than one line where it must.
+    """
     lines = []
     if before is None or _heading(before) != _heading(after):
-        lines.append(describe_round(after))
+        lines.append(wrap_line(describe_round(after)))
     known = {client.node_id: client for client in before.clients} if before else {}
     is_new_round = before is None or before.round != after.round
     for client in after.clients:
         old = known.get(client.node_id)
         if is_new_round or old is None or old.phase != client.phase:
-            lines.append(f"  {client.name}: {describe_client(client)}")
+            lines.append(wrap_line(f"{client.name}: {describe_client(client)}", indent="  "))
     return lines
 
 

@@ -24,7 +24,7 @@ class RunList(Record):
     def to_text(self) -> str:
         if not self.runs:
             return "no runs yet; zk0bot run starts one"
-        lines = [f"{'RUN':<20}  {'STATE':<23}  {'ROUNDS':>7}  {'LOSS':>7}  STARTED"]
+        lines = [f"{'RUN':<20}  {'STATE':<23}  {'ROUNDS':>9}  {'LOSS':>7}  STARTED"]
         return "\n".join(lines + [_line(run) for run in self.runs])
 
 
@@ -122,6 +122,11 @@ def _has_serverapp(paths: Paths) -> bool:
 
 def _line(run: RunRecord) -> str:
     rounds = f"{run.rounds_done}/{run.num_rounds}"
-    loss = "-" if run.loss is None else f"{run.loss:.4f}"
-    started = run.started_at.strftime("%Y-%m-%d %H:%M")
-    return f"{run.run_id:<20}  {run.state:<23}  {rounds:>7}  {loss:>7}  {started}"
+    started = run.started_at.strftime("%m-%d %H:%M")  # the year is in the id
+    return f"{run.run_id:<20}  {run.state:<23}  {rounds:>9}  {_format_loss(run.loss):>7}  {started}"
+
+
+def _format_loss(loss: float | None) -> str:
+    if loss is None:
+        return "-"
+    return f"{loss:.4f}" if loss < 100 else f"{loss:.1e}"

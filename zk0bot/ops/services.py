@@ -69,6 +69,7 @@ from zk0bot.ops.state import (
     get_server_status,
     list_client_slugs,
     list_clients,
+    wrap_line,
 )
 from zk0bot.records import GatewayHealth, Record
 from zk0bot.version import __version__
@@ -102,7 +103,8 @@ class StopReport(Record):
     def to_text(self) -> str:
         names = ", ".join(self.processes) or "left-over processes"
         text = f"stopped {self.session}: {names} ({len(self.pids)} processes)"
-        return f"{text}; {len(self.killed)} needed SIGKILL" if self.killed else text
+        killed = f"; {len(self.killed)} needed SIGKILL" if self.killed else ""
+        return wrap_line(f"{text}{killed}")
 
 
 def start_server(machine: Machine, config: ServerConfig, on_wait: OnWait) -> ServerStatus:

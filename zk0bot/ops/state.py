@@ -1,5 +1,6 @@
 """What runs here, as records: collected from tmux and files, drawn by every view."""
 
+import textwrap
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -22,6 +23,8 @@ from zk0bot.ops.specs import (
 )
 from zk0bot.records import LinkState, Record, RunRecord, TrainerState, now
 
+WIDTH = 80
+"""Columns that every text view keeps to."""
 SessionState = Literal["running", "degraded", "stopped"]
 
 
@@ -55,9 +58,9 @@ class ServiceStatus(Record):
     def to_text(self) -> str:
         parts = [f"  {self.name:<11} {self.state:<8}"]
         if self.pid:
-            parts.append(f"pid {self.pid:<8}")
+            parts.append(f"pid {self.pid:<7}")
         if self.uptime_s is not None:
-            parts.append(f"up {format_duration(self.uptime_s):<7}")
+            parts.append(f"up {format_duration(self.uptime_s):<6}")
         if self.restarts:
             parts.append(f"restarts {self.restarts}")
         if self.exit_status is not None:
@@ -106,11 +109,15 @@ class ClientStatus(Record):
     def to_text(self) -> str:
         head = f"client {self.client}: {self.state}"
         if self.state == "stopped":
-            return f"{head}  ({self.dataset_uri})"
+            return wrap_line(f"{head}  ({self.dataset_uri})")
         link = f"connected to {self.server}" if self.connected else self._disconnected()
         doing = f"{self.trainer}, {self.detail}" if self.detail else self.trainer
-        lines = [head, f"  data        {self.dataset_uri}", f"  link        {link}"]
-        lines += [f"  trainer is  {doing or 'absent'}"]
+        facts = {"data": self.dataset_uri, "link": link, "trainer is": doing or "absent"}
+        lines = [head]
+        lines += [
+            wrap_line(f"{name:<11} {fact}", indent="  ", hang=" " * 12)
+            for name, fact in facts.items()
+        ]
         return "\n".join(lines + [service.to_text() for service in self.services])
 
     def _disconnected(self) -> str:
@@ -128,7 +135,7 @@ class ClientList(Record):
             return "no clients here; zk0bot client start DATASET_URI starts one"
         width = max(len(status.client) for status in self.clients)
         return "\n".join(
-            f"{status.client:<{width}}  {status.state:<8}  {status.dataset_uri}"
+            wrap_line(f"{status.client:<{width}}  {status.state:<8}  {status.dataset_uri}")
             for status in self.clients
         )
 
@@ -144,7 +151,7 @@ class Status(Record):
     def to_text(self) -> str:
         parts = [self.server.to_text()]
         parts += [client.to_text() for client in self.clients] or ["clients: none running"]
-        parts += [f"run: {describe_run(self.run)}" if self.run else "run: none yet"]
+        parts += [wrap_line(f"run: {describe_run(self.run)}") if self.run else "run: none yet"]
         return "\n".join(parts)
 
 
@@ -257,6 +264,21 @@ def format_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError("unreachable")
+
+
+def wrap_line(text: str, *, indent: str = "", hang: str = "  ") -> str:
+    """``text`` within 80 columns, but for words (paths, URIs) that are longer themselves.
+
+    Every line begins with ``indent``, the later ones with ``hang`` as well.
+    """
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent + hang,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _services(spec: SessionSpec, panes: Sequence[Pane]) -> list[ServiceStatus]:

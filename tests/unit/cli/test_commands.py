@@ -75,7 +75,8 @@ def test_server_start_status_stop(terminal: Terminal, ports: tuple[int, int]) ->
         "error: the server is already running (session zk0-server)\nhint: zk0bot server stop\n"
     )
     assert terminal("server", "stop").stdout == (
-        "stopped zk0-server: superlink, serverapp, gateway, evaluator, supervisor (0 processes)\n"
+        "stopped zk0-server: superlink, serverapp, gateway, evaluator, supervisor (0\n"
+        "  processes)\n"
     )
     absent = terminal("server", "stop")
     assert (absent.exit_code, absent.stderr) == (

@@ -37,9 +37,9 @@ def test_runs_are_listed_newest_first(tmp_path: Path) -> None:
     save(paths, "20260101-000000-aaaa", "completed")
     last = save(paths, "20260102-000000-bbbb", "running")
     assert list_runs(paths).to_text() == (
-        "RUN                   STATE                     ROUNDS     LOSS  STARTED\n"
-        "20260102-000000-bbbb  running                      0/5   0.2500  2026-01-02 03:04\n"
-        "20260101-000000-aaaa  completed                    0/5   0.2500  2026-01-02 03:04"
+        "RUN                   STATE                       ROUNDS     LOSS  STARTED\n"
+        "20260102-000000-bbbb  running                        0/5   0.2500  01-02 03:04\n"
+        "20260101-000000-aaaa  completed                      0/5   0.2500  01-02 03:04"
     )
     assert find_last_run(paths) == find_active_run(paths) == last
 
