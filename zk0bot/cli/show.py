@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from zk0bot.errors import Zk0Error
 
-_COUNTS = re.compile(r" \d+/\d+")
+_COUNTS = re.compile(r" \d+/\d+|: \d+ MiB")
 
 
 class Showable(Protocol):

@@ -124,7 +124,14 @@ def find_dataset(uri: str, paths: Paths, *, revision: str = "", progress: Progre
         )
     progress(f"downloading {parsed.value}", 0, 0)
     patterns = ["meta/*", "data/*", "videos/*"]
-    return fetch(parsed.value, "dataset", paths, revision=revision, patterns=patterns)
+    return fetch(
+        parsed.value,
+        "dataset",
+        paths,
+        revision=revision,
+        patterns=patterns,
+        on_size=lambda mib: progress(f"downloading {parsed.value}: {mib} MiB", 0, 0),
+    )
 
 
 def load_dataset(

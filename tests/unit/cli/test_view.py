@@ -3,6 +3,7 @@
 import io
 import os
 
+import pytest
 from rich.console import Console
 
 from zk0bot.cli.live import follow, render
@@ -93,3 +94,11 @@ def test_the_live_picture_fits_80_columns_and_shows_every_client() -> None:
 def test_following_in_a_pipe_ends_with_the_final_record(capsys: object) -> None:
     assert not os.isatty(1)
     assert follow(Show(), iter([TRAINING, FINAL])) == FINAL
+
+
+def test_a_growing_download_is_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    show = Show()
+    for size in range(3):
+        show.waiting(f"the trainer: downloading owner/name: {size} MiB")
+        show.waiting(f"the trainer: downloading owner/name: {size} MiB")
+    assert capsys.readouterr().err == "waiting for the trainer: downloading owner/name: 0 MiB\n"

@@ -1,5 +1,6 @@
 """Waiting for a service: what it reports, and how it fails."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,22 @@ def test_a_session_closed_from_outside_is_noticed(tmp_path: Path) -> None:
         wait_until_ready(
             [], lambda: host.panes(spec.name), spec, deadline_s=5, on_wait=lambda text: None
         )
+
+
+def test_a_download_that_moves_outlasts_the_deadline(tmp_path: Path) -> None:
+    host, spec = start_fake(tmp_path)
+    sizes = iter(range(20))
+
+    def look() -> str | None:
+        size = next(sizes, None)
+        return None if size is None else f"the trainer: downloading owner/name: {size // 2} MiB"
+
+    begun = time.monotonic()
+    wait_until_ready(
+        [Check(process="gateway", look=look)],
+        lambda: host.panes(spec.name),
+        spec,
+        deadline_s=0.5,
+        on_wait=lambda text: None,
+    )
+    assert time.monotonic() - begun > 1

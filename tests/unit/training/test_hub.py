@@ -1,3 +1,4 @@
+import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from zk0bot.config.paths import Paths
 from zk0bot.errors import DataError, ModelError
 from zk0bot.training.checkpoint import save_checkpoint
 from zk0bot.training.data import find_dataset
+from zk0bot.training.hub import reporting_size
 from zk0bot.training.policy import build_policy
 from zk0bot.training.protocol import PolicySpec
 
@@ -42,6 +44,17 @@ def test_a_dataset_is_downloaded_once(hub: Hub, tmp_path: Path, dataset_root: Pa
     assert fetch_dataset("hf:owner/name", tmp_path) == first
     assert sum("/resolve/" in path for path in hub.asked) == downloads
     assert str(first).startswith(str(tmp_path))
+
+
+def test_a_download_says_how_far_it_is(tmp_path: Path) -> None:
+    said: queue.Queue[int] = queue.Queue()
+    with reporting_size(tmp_path / "blobs", said.put, interval_s=0.01):
+        assert said.get(timeout=10) == 0
+        (tmp_path / "blobs").mkdir()
+        (tmp_path / "blobs" / "a.incomplete").write_bytes(bytes(3 << 20))
+        while (size := said.get(timeout=10)) < 3:
+            continue
+    assert size == 3
 
 
 @pytest.mark.parametrize("revision", ["v3.0", COMMIT])
