@@ -12,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from zk0bot.errors import DataError
 
+_HINT = "restore it; a file below the state root can be deleted, zk0bot writes it again"
+
 
 @contextmanager
 def replacing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
@@ -57,8 +59,8 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not valid JSON: {error}", hint=_HINT) from error
 
 
 def read_record[R: BaseModel](path: Path, kind: type[R]) -> R:
@@ -66,7 +68,7 @@ def read_record[R: BaseModel](path: Path, kind: type[R]) -> R:
     try:
         return kind.model_validate(read_json(path))
     except ValidationError as error:
-        raise DataError(f"{path} does not hold a {kind.__name__}: {error}") from error
+        raise DataError(f"{path} does not hold a {kind.__name__}: {error}", hint=_HINT) from error
 
 
 class Flag:

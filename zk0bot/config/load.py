@@ -25,15 +25,22 @@ TABLES = ("run", "policy", "server", "client")
 PREFIX = "ZK0BOT_"
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 """Variables that only trainers get, through a private file."""
+_SWITCHES = {
+    "adaptive_lr_enabled": (
+        "stall_patience", "high_loss_multiplier", "lr_boost_factor", "max_adjust_factor",
+        "spike_threshold", "adjustment_window",
+    ),
+    "adaptive_mu_enabled": ("loss_std_threshold", "mu_adjust_factor", "mu_min"),
+    "use_wandb": (),
+    "hf_repo_id": (),
+    "scheduler_type": ("cosine_warm_restarts_t_0", "cosine_warm_restarts_t_mult"),
+}  # fmt: skip
+"""Features of zk0 that are missing here, each by the key that switches it on and its details."""
 NOT_SUPPORTED_YET = frozenset(
-    {
-        "adaptive_lr_enabled", "adaptive_mu_enabled", "stall_patience", "high_loss_multiplier",
-        "lr_boost_factor", "loss_std_threshold", "mu_adjust_factor", "mu_min",
-        "adjustment_window", "spike_threshold", "max_adjust_factor", "hf_repo_id", "use_wandb",
-        "cosine_warm_restarts_t_0", "cosine_warm_restarts_t_mult",
-    }
-)  # fmt: skip
-"""Run-configuration keys of zk0 that have no effect here; refused by name."""
+    name for switch, details in _SWITCHES.items() for name in (switch, *details)
+) - {"scheduler_type"}
+"""Run-configuration keys of zk0 that have no effect here; refused by name unless they are off."""
+_OFF = ("", '""', "''", "0", "0.0", "false", "none", "off")
 _UNSUPPORTED_SCHEDULERS = ("cosine_warm_restarts", "reduce_on_plateau")
 _INHERITED = (
     "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TERM", "TMPDIR", "TMUX_TMPDIR",
@@ -46,7 +53,8 @@ _KINDS = (RunConfig, PolicyConfig, ServerConfig, ClientConfig)
 _OWN_VARIABLES = ("ZK0BOT_HOME", "ZK0BOT_SESSION", "ZK0BOT_CLIENT_DIR", "ZK0BOT_ROOT",
                   "ZK0BOT_RELEASE_URL", "ZK0BOT_COMPLETE")  # fmt: skip
 _CLIENT_ALIASES = {"DATASET_URI": "dataset_uri", "DATASET_NAME": "name"}
-_SERVER_ADDRESS_ALIASES = ("ZK0_SERVER_URL", "ZK0_SERVER_IP")
+_SERVER_ADDRESS_ALIASES = ("ZK0_SERVER_IP", "ZK0_SERVER_URL")
+"""In rising precedence: the address that names its port wins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +141,9 @@ def load_run(sources: Sources, env: Mapping[str, str] | None = None) -> Loaded[R
     preset = _preset_path(model["model_name"])
     values = {**_read_preset(preset, "run", RunConfig), **merged, **model}
     values["policy"] = {**_read_preset(preset, "policy", PolicyConfig), **policy, **model}
+    values["eval_datasets"] = _resolve_evaluation(values.get("eval_datasets", ()))
     _refuse_schedulers(values)
-    notices = (*_epoch_notices(merged, sources), *_unknown_variables(env))
+    notices = (*_epoch_notices(merged), *_off_notices(sources), *_unknown_variables(env))
     return Loaded(config=_validate(RunConfig, values), notices=notices)
 
 
@@ -149,10 +158,11 @@ def load_client(sources: Sources, env: Mapping[str, str] | None = None) -> Loade
     """Settings of one client; a dataset's name in the catalogue becomes its URI."""
     environment = _environment(env)
     values = {**_zk0_client_values(environment)}
+    notices = (*_address_notices(environment), *_unknown_variables(env))
     values |= _merge(_layers(sources, "client", ClientConfig, environment))
     values["dataset_uri"] = resolve_dataset(values.get("dataset_uri", ""))
     config = _validate(ClientConfig, values)
-    return Loaded(config=config, notices=_unknown_variables(env))
+    return Loaded(config=config, notices=notices)
 
 
 def load_catalogue() -> Catalogue:
@@ -172,15 +182,27 @@ def resolve_dataset(text: str) -> str:
         raise ConfigError(
             "no dataset given", hint="zk0bot client start sim:touch-red, or set DATASET_URI"
         )
+    return _resolve(text, load_catalogue().clients)
+
+
+def _resolve(text: str, entries: Iterable[DatasetEntry]) -> str:
     if ":" in text or "/" in text:
         uri = parse_dataset_uri(text)
         if uri.kind == "local":
             return f"local:{Path(uri.value).expanduser().absolute()}"
         return str(uri)
-    entries = {entry.name: entry.uri for entry in load_catalogue().clients}
-    if text not in entries:
-        raise UnknownNameError.of("dataset", text, entries)
-    return entries[text]
+    uris = {entry.name: entry.uri for entry in entries}
+    if text not in uris:
+        raise UnknownNameError.of("dataset", text, uris)
+    return uris[text]
+
+
+def _resolve_evaluation(texts: Any) -> Any:
+    """The server's evaluation sets, each given as URI or as a name of the catalogue."""
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return texts  # refused with the other values
+    catalogue = load_catalogue()
+    return tuple(_resolve(text, (*catalogue.evaluation, *catalogue.clients)) for text in texts)
 
 
 def _environment(env: Mapping[str, str] | None) -> Mapping[str, str]:
@@ -219,20 +241,50 @@ def _policy_pairs(sources: Sources) -> tuple[str, ...]:
 
 def _check_keys(values: Mapping[str, Any], known: set[str], where: str) -> dict[str, Any]:
     """``values`` with keys in snake_case; raises for one that is not known."""
+    given = {_snake(key): value for key, value in values.items()}
+    _refuse_unsupported(given, where)
     checked: dict[str, Any] = {}
-    for key, value in values.items():
-        name = _snake(key)
-        if name.startswith("policy."):
+    for name, value in given.items():
+        if name.startswith("policy.") or name in NOT_SUPPORTED_YET:
             continue
-        if name in NOT_SUPPORTED_YET:
-            raise ConfigError(
-                f"setting {_kebab(name)!r} {where} is not supported yet",
-                hint="remove it; it would have no effect",
-            )
         if name not in known:
             raise UnknownNameError.of("setting", _kebab(name), map(_kebab, known))
         checked[name] = value
     return checked
+
+
+def _refuse_unsupported(values: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError naming every key of zk0 that is set, not off, and would do nothing."""
+    refused = sorted(NOT_SUPPORTED_YET & set(values) - set(_find_off(values)))
+    if refused:
+        names = ", ".join(repr(_kebab(name)) for name in refused)
+        plural = ("s", "are", "them; they") if len(refused) > 1 else ("", "is", "it; it")
+        raise ConfigError(
+            f"setting{plural[0]} {names} {where} {plural[1]} not supported yet",
+            hint=f"remove {plural[2]} would have no effect",
+        )
+
+
+def _find_off(values: Mapping[str, Any]) -> list[str]:
+    """Keys of missing features that are off, and the details of such."""
+    found: list[str] = []
+    for switch, details in _SWITCHES.items():
+        if switch in values and _is_off(switch, values[switch]):
+            found += [name for name in (switch, *details) if name in values]
+    return [name for name in found if name in NOT_SUPPORTED_YET]
+
+
+def _is_off(switch: str, value: Any) -> bool:
+    if switch == "scheduler_type":
+        return str(value) not in _UNSUPPORTED_SCHEDULERS
+    return str(value).lower() in _OFF
+
+
+def _off_notices(sources: Sources) -> Iterable[str]:
+    pairs = dict(_split_pair(pair) for pair in sources.pairs)
+    for values in (_read_table(sources.file, "run"), pairs):
+        for name in _find_off({_snake(key): value for key, value in values.items()}):
+            yield f"{_kebab(name)} has no effect: zk0bot has no such feature yet"
 
 
 def _from_environment(env: Mapping[str, str], kind: type[Settings]) -> dict[str, Any]:
@@ -265,6 +317,12 @@ def _zk0_client_values(env: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
+def _address_notices(env: Mapping[str, str]) -> Iterable[str]:
+    ignored, used = _SERVER_ADDRESS_ALIASES
+    if env.get(ignored) and env.get(used):
+        yield f"{ignored} has no effect: {used}={env[used]} is set too"
+
+
 def _read_table(file: Path | None, table: str) -> dict[str, Any]:
     if file is None:
         return {}
@@ -287,7 +345,10 @@ def _read_toml(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"there is no file {file}", hint="check --config") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}") from error
+        raise ConfigError(
+            f"{file} is not valid TOML: {error}",
+            hint='a table is [run], a setting local-steps = 40, texts in quotes: name = "red"',
+        ) from error
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
 
@@ -345,8 +406,8 @@ def _refuse_schedulers(values: Mapping[str, Any]) -> None:
         )
 
 
-def _epoch_notices(values: Mapping[str, Any], sources: Sources) -> Iterable[str]:
-    if values.get("local_epochs") and sources.file and "local_steps" not in values:
+def _epoch_notices(values: Mapping[str, Any]) -> Iterable[str]:
+    if values.get("local_epochs") and "local_steps" not in values:
         yield (
             f"local-epochs = {values['local_epochs']} means passes over the data; zk0 counted "
             "optimizer steps under this name: use local-steps for those"

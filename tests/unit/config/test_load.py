@@ -20,7 +20,8 @@ from zk0bot.config.load import (
 from zk0bot.config.models import ClientConfig, RunConfig, ServerConfig
 from zk0bot.config.paths import Paths, configs_dir
 from zk0bot.config.uri import parse_dataset_uri
-from zk0bot.errors import ConfigError, UnknownNameError
+from zk0bot.errors import ConfigError, DataError, UnknownNameError
+from zk0bot.files import read_record
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -124,6 +125,45 @@ def test_zk0_keys_without_effect_are_refused_by_name(key: str) -> None:
         load_run(Sources(pairs=(f"{key.replace('_', '-')}=1",)), {})
 
 
+def test_zk0_features_that_are_off_are_accepted_and_said(tmp_path: Path) -> None:
+    text = """[tool.flwr.app.config]
+    adaptive-lr-enabled = false
+    stall-patience = 5
+    use-wandb = false
+    hf-repo-id = ""
+    scheduler-type = "cosine"
+    cosine-warm-restarts-T-0 = 15
+    num-server-rounds = 4"""
+    loaded = load_run(Sources(file=write(tmp_path, text), pairs=("adaptive-mu-enabled=false",)), {})
+    assert loaded.config.num_server_rounds == 4
+    assert [notice.split()[0] for notice in loaded.notices] == [
+        "adaptive-lr-enabled", "stall-patience", "use-wandb", "hf-repo-id",
+        "cosine-warm-restarts-t-0", "adaptive-mu-enabled",
+    ]  # fmt: skip
+
+
+def test_all_refused_keys_are_named_at_once(tmp_path: Path) -> None:
+    text = "[run]\nuse-wandb = true\nadaptive-lr-enabled = true\nstall-patience = 5"
+    with pytest.raises(ConfigError) as caught:
+        load_run(Sources(file=write(tmp_path, text)), {})
+    assert "settings 'adaptive-lr-enabled', 'stall-patience', 'use-wandb'" in caught.value.message
+
+
+def test_evaluation_sets_are_given_by_name_or_uri(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pair = "eval-datasets=svla-so100-stacking,touch-red,local:data"
+    config = load_run(Sources(pairs=(pair,)), {}).config
+    assert config.eval_datasets == (
+        "hf:lerobot/svla_so100_stacking", "sim:touch-red", f"local:{tmp_path}/data",
+    )  # fmt: skip
+    with pytest.raises(UnknownNameError, match="unknown dataset 'stacking'"):
+        load_run(Sources(pairs=("eval-datasets=stacking",)), {})
+    with pytest.raises(ConfigError, match="eval-datasets"):
+        load_run(Sources(pairs=("eval-datasets=[1]",)), {})
+
+
 def test_zk0_schedulers_without_effect_are_refused() -> None:
     with pytest.raises(ConfigError, match="'reduce_on_plateau' is not supported yet"):
         load_run(Sources(pairs=("scheduler-type=reduce_on_plateau",)), {})
@@ -134,6 +174,8 @@ def test_a_pyproject_of_zk0_is_read_and_epochs_are_explained(tmp_path: Path) -> 
     loaded = load_run(Sources(file=write(tmp_path, text)), {})
     assert (loaded.config.num_server_rounds, loaded.config.local_epochs) == (4, 50)
     assert "zk0 counted optimizer steps" in loaded.notices[0]
+    by_pair = load_run(Sources(pairs=("local-epochs=50",)), {})
+    assert by_pair.notices == loaded.notices
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "abc", "1.5", "true"])
@@ -158,8 +200,18 @@ def test_a_pair_without_key_or_value_is_refused(pair: str) -> None:
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no file .*absent\.toml"):
         load_run(Sources(file=tmp_path / "absent.toml"), {})
-    with pytest.raises(ConfigError, match=r"mine\.toml is not valid TOML"):
+    with pytest.raises(ConfigError, match=r"mine\.toml is not valid TOML") as caught:
         load_run(Sources(file=write(tmp_path, "[run")), {})
+    assert "texts in quotes" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]"])
+def test_garbage_where_a_record_should_be_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "client.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"client\.json") as caught:
+        read_record(path, ClientConfig)
+    assert "can be deleted" in (caught.value.hint or "")
 
 
 def test_a_misspelt_variable_is_mentioned() -> None:
@@ -183,6 +235,13 @@ def test_own_names_beat_aliases() -> None:
     assert load_client(Sources(), env).config.server == "b:2"
     del env["ZK0BOT_SERVER"]
     assert load_client(Sources(), env).config.server == "a:1"
+
+
+def test_the_address_with_a_port_beats_the_bare_one() -> None:
+    env = {"ZK0_SERVER_URL": "http://a:1", "ZK0_SERVER_IP": "10.0.0.7", "DATASET_URI": "o/n"}
+    loaded = load_client(Sources(), env)
+    assert loaded.config.server == "a:1"
+    assert loaded.notices == ("ZK0_SERVER_IP has no effect: ZK0_SERVER_URL=http://a:1 is set too",)
 
 
 def test_a_client_without_dataset_is_refused() -> None:
