@@ -6,12 +6,18 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from zk0bot.config.paths import Paths
-from zk0bot.errors import DataError
+from zk0bot.errors import DataError, RunError
 from zk0bot.files import read_record, write_json
 from zk0bot.records import ClientProgress, NodeProgress, RunRecord, Verdict, now
 
 logger = logging.getLogger(__name__)
 WRITE_EVERY_S = 0.25
+
+
+class RunStopped(RunError):
+    """Somebody asked this run to end."""
+
+    code = "run_stopped"
 
 
 class RunLog:
@@ -69,6 +75,11 @@ class RunLog:
             if progress.round == round_ and progress.phase == "training":
                 line = {"phase": "training", "step": progress.step, "steps": progress.steps}
                 self.set_client(int(client.node_id), **line, loss=progress.loss)
+
+    def check_stop(self) -> None:
+        """Raises RunStopped when somebody asked this run to end."""
+        if self.is_stop_requested():
+            raise RunStopped("stopped by request")
 
     def is_stop_requested(self) -> bool:
         """Whether somebody asked this run to end."""

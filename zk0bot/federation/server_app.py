@@ -18,8 +18,8 @@ from zk0bot.federation.evaluator import Evaluator
 from zk0bot.federation.output import OutputTree
 from zk0bot.federation.pace import hasten_pulls
 from zk0bot.federation.referee import Referee
-from zk0bot.federation.rounds import Federation, RunStopped
-from zk0bot.federation.run_log import RunLog
+from zk0bot.federation.rounds import Federation
+from zk0bot.federation.run_log import RunLog, RunStopped
 from zk0bot.federation.transport import Courier
 from zk0bot.files import read_record
 from zk0bot.records import Verdict

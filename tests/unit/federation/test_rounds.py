@@ -20,8 +20,8 @@ from zk0bot.federation.cohort import Cohort
 from zk0bot.federation.messages import pack, pack_failure, unpack, unpack_blob
 from zk0bot.federation.output import OutputTree
 from zk0bot.federation.referee import Referee
-from zk0bot.federation.rounds import Federation, RunStopped
-from zk0bot.federation.run_log import RunLog
+from zk0bot.federation.rounds import Federation
+from zk0bot.federation.run_log import RunLog, RunStopped
 from zk0bot.federation.transport import Courier
 from zk0bot.files import read_json, write_json
 from zk0bot.records import RunRecord, Verdict

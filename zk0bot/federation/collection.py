@@ -1,0 +1,249 @@
+"""Orders to the nodes of one round, and their replies: sent, awaited, gated, kept, folded."""
+
+import logging
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zk0bot.config.models import RunConfig
+from zk0bot.errors import UpdateError
+from zk0bot.federation.aggregation import RunningMean
+from zk0bot.federation.codec import Shapes, Tensors, decode, encode, norm, shapes_of
+from zk0bot.federation.cohort import Cohort
+from zk0bot.federation.gate import check_update
+from zk0bot.federation.messages import unpack, unpack_blob
+from zk0bot.federation.output import AcceptedUpdate, OutputTree
+from zk0bot.federation.referee import Referee
+from zk0bot.federation.run_log import RunLog
+from zk0bot.federation.schedule import build_train_request
+from zk0bot.federation.transport import Courier, Reply
+from zk0bot.files import replacing
+from zk0bot.records import ClientProgress
+from zk0bot.training.protocol import (
+    DatasetStatistics,
+    EvaluateRequest,
+    EvaluateResult,
+    TrainRequest,
+    TrainResult,
+)
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.05
+"""Between looks at flags and progress files; asking the SuperLink is far rarer."""
+
+
+@dataclass
+class RoundReplies:
+    """What the nodes of one round have answered so far."""
+
+    accepted: dict[int, AcceptedUpdate] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+
+    def is_answered(self, node_id: int) -> bool:
+        return node_id in self.accepted or node_id in self.failures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collector:
+    """Talks to the nodes of a round; keeps good updates on disk until they are folded."""
+
+    config: RunConfig
+    courier: Courier
+    cohort: Cohort
+    referee: Referee
+    log: RunLog
+    output: OutputTree
+    scratch: Path
+    clock: Callable[[], float]
+    sleep: Callable[[float], None]
+
+    def train(
+        self,
+        round_: int,
+        chosen: list[int],
+        weights: Tensors,
+        statistics: DatasetStatistics | None,
+    ) -> RoundReplies:
+        """Send ``weights`` to the chosen nodes; their replies at the last one or the deadline."""
+        lines = [
+            ClientProgress(node_id=str(n), name=self.cohort.members[n].name, phase="sending")
+            for n in chosen
+        ]
+        self.log.enter("training", state="running", reason="", round=round_, clients=lines)
+        replies = RoundReplies()
+        blob, shapes = encode(weights), shapes_of(weights)
+        orders = {n: self._send(n, round_, blob, statistics, replies) for n in chosen}
+        deadline = self.clock() + self.config.round_deadline_s
+        while not all(replies.is_answered(n) for n in chosen) and self.clock() < deadline:
+            self.log.check_stop()
+            for reply in self.courier.poll(chosen):
+                self._take(round_, reply, orders[reply.node_id], shapes, replies)
+            self.log.take_progress(round_)
+            self._count_bytes()
+            self.referee.collect()
+            self.sleep(POLL_S)
+        self._count_bytes()
+        for node_id in chosen:
+            if not replies.is_answered(node_id):
+                reason = f"no answer within {self.config.round_deadline_s:g} s"
+                self._fail(node_id, reason, replies, phase="late")
+        return replies
+
+    def in_order(self, replies: RoundReplies) -> list[AcceptedUpdate]:
+        """The accepted updates, in the order in which they are folded."""
+        return [replies.accepted[node_id] for node_id in self._by_name(replies)]
+
+    def fold(self, replies: RoundReplies) -> Tensors:
+        """The mean update, weighted by samples seen, folded in the order of client names."""
+        mean = RunningMean()
+        for node_id in self._by_name(replies):
+            update = decode(self._update_file(node_id).read_bytes())
+            mean.fold(update, replies.accepted[node_id].result.num_samples)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        return mean.mean()
+
+    def failure_lines(self, replies: RoundReplies) -> list[str]:
+        """Who did not contribute, and why."""
+        return [f"{self.cohort.members[n].name}: {why}" for n, why in replies.failures.items()]
+
+    def ask_for_losses(
+        self, nodes: list[int], weights: Tensors, statistics: DatasetStatistics | None
+    ) -> dict[str, EvaluateResult]:
+        """Held-out losses of ``weights``, by client name; nodes that fail are left out."""
+        request = EvaluateRequest(
+            spec=self.cohort.spec,
+            base_hash=self.cohort.base_hash,
+            run_id=self.log.record.run_id,
+            weights_path="",
+            statistics=statistics,
+            eval_batches=self.config.eval_batches,
+        )
+        blob = encode(weights)
+        timeout = self.config.round_deadline_s
+        group = str(self.config.num_server_rounds)
+        asked = set(nodes)
+        for node_id in nodes:
+            why = self.courier.send(
+                node_id, "evaluate", request, group=group, deadline_s=timeout, blob=blob
+            )
+            if why:
+                logger.warning("node %s not asked to evaluate: %s", node_id, why)
+                asked.discard(node_id)
+        return self._collect_losses(asked, self.clock() + timeout)
+
+    def _send(
+        self,
+        node_id: int,
+        round_: int,
+        blob: bytes,
+        statistics: DatasetStatistics | None,
+        replies: RoundReplies,
+    ) -> TrainRequest:
+        request = build_train_request(
+            self.config,
+            spec=self.cohort.spec,
+            base_hash=self.cohort.base_hash,
+            run_id=self.log.record.run_id,
+            round_=round_,
+            node=self.cohort.members[node_id],
+            statistics=statistics,
+            evaluate_first=self.referee.is_due(round_ - 1),
+        )
+        why = self.courier.send(
+            node_id,
+            "train",
+            request,
+            group=str(round_),
+            deadline_s=self.config.round_deadline_s,
+            blob=blob,
+        )
+        if why:
+            self._fail(node_id, why, replies)
+        return request
+
+    def _take(
+        self,
+        round_: int,
+        reply: Reply,
+        request: TrainRequest,
+        shapes: Shapes,
+        replies: RoundReplies,
+    ) -> None:
+        if reply.content is None:
+            self._fail(reply.node_id, reply.failure, replies)
+            return
+        try:
+            result = unpack(reply.content, TrainResult)
+            blob = unpack_blob(reply.content)
+            update = check_update(blob, result, request, shapes)
+        except UpdateError as error:
+            self._fail(reply.node_id, f"update refused: {error.message}", replies)
+            return
+        with replacing(self._update_file(reply.node_id)) as temporary:
+            temporary.write_bytes(blob)
+        replies.accepted[reply.node_id] = AcceptedUpdate(
+            node=self.cohort.members[reply.node_id], result=result, update_norm=norm(update)
+        )
+        self.log.set_client(
+            reply.node_id,
+            phase="done",
+            step=result.num_steps,
+            steps=result.num_steps,
+            loss=result.loss,
+        )
+        self._tell(
+            reply.node_id,
+            f"round {round_}: {len(blob)} bytes after {result.num_steps} steps, "
+            f"loss {result.loss:.4f}",
+        )
+
+    def _collect_losses(self, asked: set[int], deadline: float) -> dict[str, EvaluateResult]:
+        results: dict[str, EvaluateResult] = {}
+        while asked and self.clock() < deadline:
+            self.log.check_stop()
+            for reply in self.courier.poll(sorted(asked)):
+                asked.discard(reply.node_id)
+                name = self.cohort.members[reply.node_id].name
+                try:
+                    results[name] = _read_evaluation(reply)
+                except UpdateError as error:
+                    logger.warning("%s did not evaluate: %s", name, error.message)
+            self._count_bytes()
+            self.sleep(POLL_S)
+        return results
+
+    def _by_name(self, replies: RoundReplies) -> list[int]:
+        """An order that repeats: node ids differ from start to start, names do not."""
+        return sorted(replies.accepted, key=lambda n: self.cohort.members[n].name)
+
+    def _count_bytes(self) -> None:
+        self.log.update(bytes_up=self.courier.bytes_up, bytes_down=self.courier.bytes_down)
+
+    def _fail(
+        self, node_id: int, reason: str, replies: RoundReplies, *, phase: str = "failed"
+    ) -> None:
+        replies.failures[node_id] = reason
+        self._tell(node_id, f"round {self.log.record.round}: {phase}: {reason}")
+        self.log.set_client(node_id, phase=phase, reason=reason)
+
+    def _tell(self, node_id: int, line: str) -> None:
+        """Log what happened with one client, for the server and in the client's own file."""
+        node = self.cohort.members[node_id]
+        logger.info("%s: %s", node.name, line)
+        self.output.note(node, line)
+
+    def _update_file(self, node_id: int) -> Path:
+        return self.scratch / f"{node_id}.safetensors"
+
+
+def _read_evaluation(reply: Reply) -> EvaluateResult:
+    """Raises UpdateError when the node did not measure a finite loss."""
+    if reply.content is None:
+        raise UpdateError(reply.failure)
+    result = unpack(reply.content, EvaluateResult)
+    if not math.isfinite(result.loss) or result.num_examples < 1:
+        raise UpdateError(f"loss {result.loss} over {result.num_examples} examples")
+    return result
