@@ -55,7 +55,7 @@ class FakeHost:
         self.running.pop(session, None)
 
     def attach_command(self, session: str) -> list[str]:
-        return ["tmux", "attach-session", "-t", session]
+        return ["tmux", "attach-session", "-t", f"={session}:"]
 
     def die(self, session: str, process: str, exit_status: int) -> None:
         """What a host shows after a process ended."""

@@ -245,7 +245,8 @@ remove_program() {
 refuse_while_running() {
   command -v pgrep >/dev/null 2>&1 || return 0
   if pgrep -f "$APP_DIR/" >/dev/null; then
-    fail "zk0bot processes are running from $APP_DIR" "zk0bot stop"
+    fail "zk0bot processes are running from $APP_DIR" \
+      "zk0bot client stop; zk0bot server stop; zk0bot demo --stop"
   fi
 }
 

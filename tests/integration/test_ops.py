@@ -276,6 +276,16 @@ def run_zk0bot(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_attach_works_inside_another_tmux(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a terminal tmux refuses at the next step, which is enough to know."""
+    start(machine, python(machine, "sleeper", SLEEP))
+    monkeypatch.setenv("TMUX", "/tmp/another,1,0")
+    attached = run_zk0bot(tmp_path, "server", "attach")
+    assert attached.stderr.strip() == "open terminal failed: not a terminal"
+
+
 @pytest.mark.slow
 def test_a_federation_from_the_command_line(
     machine: Machine,

@@ -208,6 +208,21 @@ def test_purge_leaves_what_zk0bot_did_not_make(
     assert "photos" in result.stderr
 
 
+def test_uninstalling_while_zk0bot_runs_says_how_to_stop_it(
+    root: Path, tmp_path: Path, release_dir: Path, url: str, operator: Operator
+) -> None:
+    script = _build(root, tmp_path, release_dir, url, OLD, operator.env)
+    program = operator.home / ".zk0bot" / "app" / "sleeper"
+    program.parent.mkdir(parents=True)
+    program.symlink_to("/bin/sleep")
+    with subprocess.Popen([str(program), "60"]) as running:
+        result = operator.pipe(script, "--uninstall")
+        running.kill()
+
+    assert result.returncode == 1
+    assert "zk0bot client stop; zk0bot server stop; zk0bot demo --stop" in result.stderr
+
+
 @pytest.mark.parametrize("name", ["bootstrap.sh", "setup.sh", "demo.sh", "test.sh", "check.sh"])
 def test_scripts_parse(root: Path, name: str) -> None:
     subprocess.run(["bash", "-n", str(root / "scripts" / name)], check=True)

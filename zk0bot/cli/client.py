@@ -1,6 +1,5 @@
 """``zk0bot client``."""
 
-import os
 from typing import Annotated
 
 import typer
@@ -13,13 +12,14 @@ from zk0bot.cli.option import (
     Lines,
     ProcessName,
     Settings,
+    attach_to,
     build_group,
     build_machine,
     get_show,
 )
 from zk0bot.config.load import Sources, load_client
 from zk0bot.errors import ConfigError
-from zk0bot.ops.services import find_client, get_attach_command, start_client, stop_client
+from zk0bot.ops.services import find_client, start_client, stop_client
 from zk0bot.ops.specs import client_session_name
 from zk0bot.ops.state import get_client_status, list_clients
 
@@ -122,9 +122,7 @@ def log(
 def attach(ctx: typer.Context, client: Which = None) -> None:
     """Look at a client's windows in tmux; Ctrl-b d leaves them."""
     machine = build_machine(get_show(ctx))
-    session = client_session_name(find_client(machine, client))
-    command = get_attach_command(machine, session)
-    os.execvp(command[0], command)
+    attach_to(machine, client_session_name(find_client(machine, client)))
 
 
 @app.command("list")

@@ -46,7 +46,7 @@ def demo(
         rounds=rounds,
         clients=clients,
         seed=seed,
-        output=output,
+        output=output.expanduser(),
         with_local=not no_local,
     )
     with DemoView(show) as view:

@@ -20,7 +20,7 @@ def show_logs(show: Show, service_dir: Path, process: str | None, lines: int, fo
 
 
 def _follow(show: Show, files: Sequence[LogFile]) -> None:
-    offsets = {file.process: file.path.stat().st_size for file in files}
+    offsets = {file.process: file.size() for file in files}
     while True:
         for file in files:
             text, offsets[file.process] = file.read_from(offsets[file.process])

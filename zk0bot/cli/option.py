@@ -1,15 +1,16 @@
 """Options and start-up that several commands share."""
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from zk0bot.cli.show import Show
 from zk0bot.config.load import find_secrets, inherited_environment, load_paths
 from zk0bot.ops.host import TmuxHost
-from zk0bot.ops.services import Machine
+from zk0bot.ops.services import Machine, get_attach_command
 from zk0bot.ops.specs import Surroundings
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -64,3 +65,9 @@ def build_machine(show: Show, *, with_secrets: bool = False) -> Machine:
         surroundings=Surroundings(python=Path(sys.executable), env=env),
         secrets=find_secrets(paths) if with_secrets else {},
     )
+
+
+def attach_to(machine: Machine, session: str) -> NoReturn:
+    """Become a view of ``session``, also inside another tmux, whose TMUX the view does not get."""
+    command = get_attach_command(machine, session)
+    os.execvpe(command[0], command, dict(machine.surroundings.env))

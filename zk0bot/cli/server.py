@@ -1,7 +1,5 @@
 """``zk0bot server``."""
 
-import os
-
 import typer
 
 from zk0bot.cli.logs import show_logs
@@ -12,12 +10,13 @@ from zk0bot.cli.option import (
     Lines,
     ProcessName,
     Settings,
+    attach_to,
     build_group,
     build_machine,
     get_show,
 )
 from zk0bot.config.load import Sources, load_paths, load_server
-from zk0bot.ops.services import get_attach_command, start_server, stop_server
+from zk0bot.ops.services import start_server, stop_server
 from zk0bot.ops.specs import SERVER_SESSION
 from zk0bot.ops.state import get_server_status
 
@@ -78,5 +77,4 @@ def log(
 @app.command()
 def attach(ctx: typer.Context) -> None:
     """Look at the server's windows in tmux; Ctrl-b d leaves them."""
-    command = get_attach_command(build_machine(get_show(ctx)), SERVER_SESSION)
-    os.execvp(command[0], command)
+    attach_to(build_machine(get_show(ctx)), SERVER_SESSION)

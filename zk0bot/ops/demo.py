@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from zk0bot.config.models import ClientConfig, ServerConfig
 from zk0bot.config.paths import Paths
-from zk0bot.errors import ConfigError, SessionAbsentError, SessionExistsError
+from zk0bot.errors import ConfigError, SessionExistsError
 from zk0bot.files import read_json, read_record, write_json
 from zk0bot.ops import runs, services
 from zk0bot.ops.child import Child
@@ -35,8 +35,8 @@ from zk0bot.ops.health import find_gateway
 from zk0bot.ops.interrupt import undisturbed
 from zk0bot.ops.process import free_ports
 from zk0bot.ops.services import Machine, StopReport
-from zk0bot.ops.specs import SERVER_SESSION, helper_process
-from zk0bot.ops.state import find_trainer, list_client_slugs
+from zk0bot.ops.specs import SERVER_SESSION, helper_process, helpers_dir
+from zk0bot.ops.state import find_trainer
 from zk0bot.records import Record, RunRecord, TrainerState
 from zk0bot.report.comparison import (
     ComparisonPlan,
@@ -165,6 +165,7 @@ class _Demo:
         """End everything, whatever state it is in. Safe to call twice."""
         for child in self._children:
             child.end()
+        services.stop_helpers(self.machine)  # one that began as the interrupt came
         if not self._is_kept:
             stop_all(self.machine)
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -243,7 +244,7 @@ class _Demo:
         return scores
 
     def _start_comparison(self, name: str, plan: ComparisonPlan) -> Child:
-        folder = self._paths.root / "helpers"
+        folder = helpers_dir(self._paths)
         write_json(folder / f"{name}.plan.json", plan)
         return self._start_child(
             name,
@@ -273,7 +274,7 @@ class _Demo:
                 self._is_kept = True
             else:
                 with self.clock.measure("stop"):
-                    stop_all(self.machine)
+                    services.stop_services(self.machine)  # the report is still being written
             while not child.is_done():
                 time.sleep(POLL_S)
         return self._save(folder, result)
@@ -318,7 +319,8 @@ class _Demo:
 
 def build_kept_notice(machine: Machine) -> str:
     """How to look at a federation that was kept, and how to stop it."""
-    attach = " ".join(services.get_attach_command(machine, SERVER_SESSION))
+    command = services.get_attach_command(machine, SERVER_SESSION)
+    attach = " ".join(f"'{word}'" if word.startswith("=") else word for word in command)  # for zsh
     return (
         "The federation still runs.\n"
         f"  look:  ZK0BOT_HOME={machine.paths.root} zk0bot status\n"
@@ -338,16 +340,9 @@ class DemoStopped(Record):
 
 
 def stop_all(machine: Machine) -> DemoStopped:
-    """Stop every client and the server below this state root, all at once."""
-    slugs = list_client_slugs(machine.paths)
-    reports = []
-    with ThreadPoolExecutor(len(slugs) + 1) as pool:
-        stops = [pool.submit(services.stop_client, machine, slug) for slug in slugs]
-        stops.append(pool.submit(services.stop_server, machine))
-        for stop in stops:
-            with contextlib.suppress(SessionAbsentError):
-                reports.append(stop.result())
-    return DemoStopped(stopped=reports)
+    """Stop every client, the server and every helper below this state root."""
+    stopped = services.stop_services(machine)
+    return DemoStopped(stopped=[*stopped, *services.stop_helpers(machine)])
 
 
 def build_result(

@@ -1,5 +1,6 @@
 """The logs of one service's processes."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,12 +42,23 @@ class LogFile:
     path: Path
 
     def read_from(self, offset: int) -> tuple[str, int]:
-        """What was written after ``offset``, up to its last whole line, and the new offset."""
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            data = file.read()
+        """What was written after ``offset``, up to its last whole line, and the new offset.
+
+        A log that is shorter is a new one, from its beginning; one that is absent comes back.
+        """
+        try:
+            with self.path.open("rb") as file:
+                offset = offset if offset <= file.seek(0, os.SEEK_END) else 0
+                file.seek(offset)
+                data = file.read()
+        except FileNotFoundError:
+            return "", 0
         whole = data[: data.rfind(b"\n") + 1]
         return clean(whole.decode(errors="replace")), offset + len(whole)
+
+    def size(self) -> int:
+        """Bytes of it; 0 while it is absent."""
+        return self.path.stat().st_size if self.path.exists() else 0
 
 
 def find_logs(service_dir: Path, process: str | None = None) -> list[LogFile]:
@@ -59,7 +71,10 @@ def find_logs(service_dir: Path, process: str | None = None) -> list[LogFile]:
         for path in sorted(logs_dir(service_dir).glob("*.log"))
     ]
     if not files:
-        raise SessionAbsentError(f"there are no logs in {logs_dir(service_dir)}")
+        raise SessionAbsentError(
+            f"there are no logs in {logs_dir(service_dir)}",
+            hint="they come with the first zk0bot server start or client start",
+        )
     if process is None:
         return files
     chosen = [file for file in files if file.process == process]

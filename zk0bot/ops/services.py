@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +52,7 @@ from zk0bot.ops.specs import (
     client_session,
     client_session_name,
     flower_home,
+    helpers_dir,
     logs_dir,
     secrets_path,
     server_session,
@@ -113,7 +115,7 @@ def start_server(machine: Machine, config: ServerConfig, on_wait: OnWait) -> Ser
     Raises SessionExistsError, PortInUseError, or ServiceError naming the process that failed; then
     all that was started has been stopped again.
     """
-    _refuse_public(config.host)
+    _refuse_public(config)
     checks = (
         check_superlink(config.superlink_port),
         check_gateway(config.host, config.port),
@@ -189,6 +191,27 @@ def exclusive(root: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def stop_services(machine: Machine) -> list[StopReport]:
+    """End every client and the server below this state root, all at once; those that ran."""
+    slugs = list_client_slugs(machine.paths)
+    services = [(machine.paths.client_dir(slug), client_session_name(slug)) for slug in slugs]
+    services.append((machine.paths.server_dir, SERVER_SESSION))
+    with exclusive(machine.paths.root), ThreadPoolExecutor(len(services)) as pool:
+        stops = [pool.submit(_stop, machine, *service) for service in services]
+        reports = [report for stop in stops if (report := stop.result())]
+        record.close_active_runs(machine.paths, "stopped", "the server was stopped")
+    return reports
+
+
+def stop_helpers(machine: Machine) -> list[StopReport]:
+    """End the short-lived processes below this state root that nobody waits for any more."""
+    ended = end(find_started(helpers_dir(machine.paths)), grace_s=STOP_GRACE_S)
+    if not ended.pids:
+        return []
+    pids, killed = list(ended.pids), list(ended.killed)
+    return [StopReport(session="helpers", processes=[], pids=pids, killed=killed)]
+
+
 def get_status(machine: Machine) -> Status:
     """All that runs on this machine, and the last run.
 
@@ -238,7 +261,10 @@ def find_client(machine: Machine, text: str | None) -> str:
     """
     slugs = list_client_slugs(machine.paths)
     if text:
-        slug = next((slug for slug in (text, slug_of(text)) if slug in slugs), None)
+        names = [text]
+        with contextlib.suppress(ConfigError):  # no short name can be made of it: unknown
+            names.append(slug_of(text))
+        slug = next((name for name in names if name in slugs), None)
         slug = slug or _find_by_uri(machine, text, slugs)
         if slug is None:
             raise UnknownNameError.of("client", text, slugs)
@@ -284,15 +310,22 @@ def _find_by_uri(machine: Machine, text: str, slugs: list[str]) -> str | None:
     return None
 
 
-def _refuse_public(host: str) -> None:
+def _refuse_public(config: ServerConfig) -> None:
+    """Raises ConfigError unless the server listens where only this machine reaches it."""
     try:
-        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address("127.0.0.1" if config.host == "localhost" else config.host)
     except ValueError:
-        is_loopback = False
-    if not is_loopback:
+        address = ipaddress.ip_address("0.0.0.0")
+    if address.version != 4 or not address.is_loopback:
         raise ConfigError(
-            f"host {host!r} is not a loopback address; connections are not encrypted yet",
+            f"host {config.host!r} is not localhost or 127.x.x.x; connections are not encrypted "
+            "yet",
             hint="use 127.0.0.1 and an SSH tunnel: ssh -L 9092:127.0.0.1:9092 SERVER",
+        )
+    if config.port == config.superlink_port:
+        raise ConfigError(
+            f"port and superlink-port are both {config.port}",
+            hint="set ZK0BOT_PORT and ZK0BOT_SUPERLINK_PORT to different ones",
         )
 
 

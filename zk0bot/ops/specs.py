@@ -99,6 +99,11 @@ def log_path(service_dir: Path, process: str) -> Path:
     return logs_dir(service_dir) / f"{process}.log"
 
 
+def helpers_dir(paths: Paths) -> Path:
+    """Folder, and mark, of short-lived processes outside tmux."""
+    return paths.root / "helpers"
+
+
 def superlink_database(paths: Paths) -> Path:
     return paths.server_dir / "superlink.db"
 
@@ -201,7 +206,7 @@ def helper_process(
     paths: Paths, machine: Surroundings, name: str, module: str, *arguments: str
 ) -> ProcessSpec:
     """A short-lived process of ours outside tmux, below the folder ``helpers``."""
-    build = _Builder(paths=paths, dir=paths.root / "helpers", machine=machine)
+    build = _Builder(paths=paths, dir=helpers_dir(paths), machine=machine)
     return build.ours(name, module, *arguments)
 
 

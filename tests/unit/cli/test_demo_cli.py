@@ -32,6 +32,14 @@ def test_a_number_of_owners_that_does_not_fit_is_refused_as_json(tmp_path: Path)
     assert "--clients 7" in error["message"]
 
 
+def test_the_home_of_an_output_folder_is_found(home: Path) -> None:
+    (home / "file").touch()
+    result = CliRunner().invoke(app, ["demo", "--output=~/file/x", "--json"])
+
+    assert result.exit_code == 2
+    assert f"cannot write to {home}/file/x" in json.loads(result.stdout)["error"]["message"]
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "abc"])
 def test_rounds_that_are_no_positive_number_are_refused(value: str) -> None:
     result = CliRunner().invoke(app, ["demo", "--rounds", value])

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 import sys
@@ -5,16 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from fake_host import FakeHost
 
 from zk0bot.config.paths import Paths
 from zk0bot.errors import ConfigError, ServiceError, SessionExistsError
 from zk0bot.files import write_json
 from zk0bot.ops.child import Child
-from zk0bot.ops.demo import Bar, build_result, demo_root, run_demo, stop_all, union_s
+from zk0bot.ops.demo import (
+    Bar,
+    build_kept_notice,
+    build_result,
+    demo_root,
+    run_demo,
+    stop_all,
+    union_s,
+)
 from zk0bot.ops.demo_plan import DemoOptions
 from zk0bot.ops.host import Pane
 from zk0bot.ops.services import Machine
-from zk0bot.ops.specs import ProcessSpec, SessionSpec, Surroundings
+from zk0bot.ops.specs import ProcessSpec, SessionSpec, Surroundings, helper_process
 from zk0bot.records import RunRecord, Verdict
 from zk0bot.report.comparison import PolicyScore
 from zk0bot.report.demo import SectorCount
@@ -158,6 +168,24 @@ def test_a_start_that_fails_says_why_and_restores_signal_handling(tmp_path: Path
 def test_stopping_where_nothing_runs_is_no_error(tmp_path: Path) -> None:
     assert stop_all(build_machine(tmp_path, NoHost())).stopped == []
     assert demo_root(tmp_path) == tmp_path / "demo"
+
+
+def test_helpers_of_a_demonstration_that_was_killed_are_ended(tmp_path: Path) -> None:
+    machine = build_machine(tmp_path, NoHost())
+    spec = helper_process(machine.paths, machine.surroundings, "forgotten", "timeit")
+    sleep = (sys.executable, "-c", "import time; time.sleep(600)")
+    child = Child.start(spec.model_copy(update={"argv": sleep}))
+    stopped = stop_all(machine).stopped
+    assert child.process.wait(10) == -signal.SIGTERM
+    assert [report.pids for report in stopped] == [[child.process.pid]]
+    assert stopped[0].to_text() == "stopped helpers: left-over processes (1 processes)"
+
+
+def test_the_notice_of_a_kept_demonstration_can_be_typed_into_zsh(tmp_path: Path) -> None:
+    host = FakeHost()
+    host.running["zk0-server"] = {"gateway": Pane(name="gateway", pid=1)}
+    machine = dataclasses.replace(build_machine(tmp_path, NoHost()), host=host)
+    assert "attach-session -t '=zk0-server:'\n" in build_kept_notice(machine)
 
 
 def test_a_helper_that_fails_shows_the_end_of_its_log(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ def test_last_lines_of_each_log_without_colours(tmp_path: Path) -> None:
 
 
 def test_an_unknown_process_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SessionAbsentError):
+    with pytest.raises(SessionAbsentError) as absent:
         find_logs(tmp_path)
+    assert "zk0bot server start" in (absent.value.hint or "")
     write_log(tmp_path, "gateway", b"")
     with pytest.raises(UnknownNameError) as caught:
         find_logs(tmp_path, "gatewey")
@@ -42,3 +43,13 @@ def test_following_gives_whole_lines_once(tmp_path: Path) -> None:
     with file.path.open("ab") as log:
         log.write(b"o\n")
     assert file.read_from(offset) == ("two\n", 8)
+
+
+def test_following_goes_on_with_the_log_of_the_next_start(tmp_path: Path) -> None:
+    write_log(tmp_path, "gateway", b"one\ntwo\n")
+    file = LogFile(process="gateway", path=tmp_path / "logs" / "gateway.log")
+    offset = file.size()
+    file.path.rename(file.path.with_suffix(".log.1"))
+    assert (file.size(), file.read_from(offset)) == (0, ("", 0))
+    write_log(tmp_path, "gateway", b"new\n")
+    assert file.read_from(offset) == ("new\n", 4)

@@ -30,6 +30,7 @@ from zk0bot.ops.services import (
     start_server,
     stop_client,
     stop_server,
+    stop_services,
 )
 from zk0bot.ops.specs import ProcessSpec, SessionSpec
 from zk0bot.ops.state import find_session
@@ -94,10 +95,37 @@ def test_a_port_in_use_is_refused_before_anything_starts(
     assert host.started == []
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0", "192.168.1.4", "robot.example"])
+@pytest.mark.parametrize("address", ["0.0.0.0", "192.168.1.4", "robot.example", "::1", ""])
 def test_a_public_address_is_refused(tmp_path: Path, address: str) -> None:
     with pytest.raises(ConfigError, match="not encrypted yet"):
         start_server(build_fake_machine(tmp_path, FakeHost()), ServerConfig(host=address), ignore)
+
+
+def test_one_port_for_two_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="port and superlink-port are both 9000"):
+        start_server(
+            build_fake_machine(tmp_path, FakeHost()),
+            ServerConfig(port=9000, superlink_port=9000),
+            ignore,
+        )
+
+
+def test_all_services_are_stopped_together(tmp_path: Path, free_port: FreePort) -> None:
+    config = build_config(free_port)
+    with fake_processes() as processes:
+        host = FakeHost(processes)
+        machine = build_fake_machine(tmp_path, host)
+        start_server(machine, config, ignore)
+        for name in ("red", "green"):
+            start_with_gateway(machine, config.port, name=name)
+        save_run(machine.paths, RunRecord(run_id="a", num_rounds=2, state="running"))
+        reports = stop_services(machine)
+    assert {report.session for report in reports} == {
+        "zk0-client-red", "zk0-client-green", "zk0-server",
+    }  # fmt: skip
+    assert host.sessions() == []
+    assert get_run(machine.paths, "a").reason == "the server was stopped"
+    assert stop_services(machine) == []
 
 
 def test_a_failed_start_leaves_nothing_running(tmp_path: Path, free_port: FreePort) -> None:
@@ -267,3 +295,5 @@ def test_a_client_is_found_by_slug_name_uri_or_alone(tmp_path: Path, free_port: 
         with pytest.raises(UnknownNameError) as caught:
             find_client(machine, "gren")
         assert caught.value.hint == "did you mean 'green'?"
+        with pytest.raises(UnknownNameError, match="unknown client"):
+            find_client(machine, "???")
