@@ -1,6 +1,7 @@
 """Contracts of the whole code base: who may import whom, what is loaded, what is documented."""
 
 import ast
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,9 @@ PACKAGE = ROOT / "zk0bot"
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "bundle"]
 """Without the modules of three lines that Flower ships."""
 CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "website" / "docs").rglob("*.md"))]
+LINK = re.compile(r"(?:\]\(|(?:src|href)=\")([^)\"\s]+)")
+"""Targets of Markdown links and pictures, and of those in HTML."""
 HEAVY = ("torch", "lerobot", "flwr", "transformers", "mujoco", "matplotlib", "pandas")
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "task"}
 LONGEST_FUNCTION = 60
@@ -99,6 +103,13 @@ def test_imports_stand_at_the_top_or_say_why_not(path: Path) -> None:
         if isinstance(node, ast.Import | ast.ImportFrom) and "# " not in lines[node.lineno - 1]
     ]
     assert not inner
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_between_pages_lead_somewhere(path: Path) -> None:
+    targets = [target.partition("#")[0] for target in LINK.findall(path.read_text())]
+    relative = [target for target in targets if target and "://" not in target]
+    assert [target for target in relative if not (path.parent / target).exists()] == []
 
 
 def test_tests_reach_no_other_machine_and_no_real_home(home: Path) -> None:

@@ -276,14 +276,22 @@ def run_zk0bot(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_attach_works_inside_another_tmux(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without a terminal tmux refuses at the next step, which is enough to know."""
-    start(machine, python(machine, "sleeper", SLEEP))
-    monkeypatch.setenv("TMUX", "/tmp/another,1,0")
-    attached = run_zk0bot(tmp_path, "server", "attach")
-    assert attached.stderr.strip() == "open terminal failed: not a terminal"
+def test_attach_works_inside_tmux(machine: Machine) -> None:
+    spec = start(machine, python(machine, "sleeper", SLEEP))
+    tmux = ["tmux", "-L", machine.paths.tmux_socket]
+    program = str(Path(sys.executable).with_name("zk0bot"))
+    viewer = build_process(machine, "viewer", program, "server", "attach")
+    inside = {"TMUX": "/tmp/some,1,0", "TERM": "xterm", "ZK0BOT_HOME": str(machine.paths.root)}
+    viewer = viewer.model_copy(update={"env": {**viewer.env, **inside}})
+    write_json(viewer.spec_path, viewer)
+    machine.host.start(spec.model_copy(update={"name": "zk0-other"}), [viewer])
+
+    def find_viewers() -> str:
+        command = [*tmux, "list-clients", "-F", "#{client_session}"]
+        assert not machine.host.panes("zk0-other")[0].is_dead, read_tail(viewer.log_path, 5)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert wait_until(find_viewers) == f"{SERVER_SESSION}\n"
 
 
 @pytest.mark.slow

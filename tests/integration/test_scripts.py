@@ -223,6 +223,16 @@ def test_uninstalling_while_zk0bot_runs_says_how_to_stop_it(
     assert "zk0bot client stop; zk0bot server stop; zk0bot demo --stop" in result.stderr
 
 
+@pytest.mark.parametrize("status", [1, 5])
+def test_a_part_that_fails_or_finds_no_tests_fails_the_whole(root: Path, status: int) -> None:
+    script = f". scripts/setup.sh; part one true; part two bash -c 'exit {status}'; summary all"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert f"FAILED ({status})" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["bootstrap.sh", "setup.sh", "demo.sh", "test.sh", "check.sh"])
 def test_scripts_parse(root: Path, name: str) -> None:
     subprocess.run(["bash", "-n", str(root / "scripts" / name)], check=True)
