@@ -78,9 +78,9 @@ def build_fake_machine(root: Path, host: FakeHost) -> Machine:
 class FakeProcesses:
     """Plays gateway, SuperLink, trainer and egress hop: they are ready at once."""
 
-    def __init__(self, zk0bot_version: str = __version__) -> None:
+    def __init__(self, zk0bot_version: str, flwr_version: str) -> None:
         self._health = GatewayHealth(
-            zk0bot_version=zk0bot_version, flwr_version=version("flwr"), superlink_ok=True
+            zk0bot_version=zk0bot_version, flwr_version=flwr_version, superlink_ok=True
         )
         self._servers: list[ThreadingHTTPServer] = []
 
@@ -118,9 +118,11 @@ class FakeProcesses:
 
 
 @contextlib.contextmanager
-def fake_processes(zk0bot_version: str = __version__) -> Iterator[FakeProcesses]:
+def fake_processes(
+    zk0bot_version: str = __version__, flwr_version: str = version("flwr")
+) -> Iterator[FakeProcesses]:
     """Processes that are gone at the end."""
-    processes = FakeProcesses(zk0bot_version)
+    processes = FakeProcesses(zk0bot_version, flwr_version)
     try:
         yield processes
     finally:

@@ -13,6 +13,7 @@ Zk0Error                     1
 │   └── PortInUseError       1
 ├── RunError                 1  a federated run that cannot start or go on
 │   └── DeadlineError        1  a wait that ended without what it waited for
+├── DiskError                1  a disk that is full or cannot be written to
 ├── UpdateError              1  an update the server refuses
 └── TrainerError             1  the warm trainer failed; code and exit status of what failed there
 
@@ -99,6 +100,10 @@ class RunError(Zk0Error):
 
 class DeadlineError(RunError):
     code = "deadline"
+
+
+class DiskError(Zk0Error):
+    code = "disk_failed"
 
 
 class UpdateError(Zk0Error):

@@ -3,6 +3,7 @@
 A command's module is imported when the command is used, so that ``--help`` stays fast.
 """
 
+import errno
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, get_type_hints
@@ -13,10 +14,11 @@ import typer.main
 from typer.models import ArgumentInfo
 
 from zk0bot.cli.show import Show
-from zk0bot.errors import Zk0Error
+from zk0bot.errors import DiskError, Zk0Error
 from zk0bot.ops.interrupt import interruptible
 
 INTERRUPTED = 130
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 """Typer does not export the base of its usage errors."""
 _EPILOG = """\b
@@ -72,6 +74,11 @@ class Application(typer.core.TyperGroup):
         except Zk0Error as error:
             show.error(error)
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            show.error(_build_disk_error(error))
+            raise typer.Exit(DiskError.exit_code) from None
         except _USAGE_ERROR as error:
             raise _usage_exit(show, error) from None
         except (KeyboardInterrupt, typer.Abort):
@@ -127,6 +134,14 @@ def _restore_argument_help(command: Any) -> None:
         infos = getattr(hints[argument.name], "__metadata__", ())
         argument.help = next(info.help for info in infos if isinstance(info, ArgumentInfo))
     command.format_arguments = lambda ctx, formatter: None  # click's own list; Typer has one too
+
+
+def _build_disk_error(error: OSError) -> DiskError:
+    place = f" {error.filename}" if error.filename else ""
+    return DiskError(
+        f"cannot write{place}: {error.strerror}",
+        hint="free some space (df -h); ZK0BOT_HOME moves the state root to another disk",
+    )
 
 
 def _wants_json(args: Sequence[str]) -> bool:

@@ -1,6 +1,9 @@
 """Whole outputs of the commands, on a host without tmux."""
 
+import contextlib
 import json
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -268,6 +271,39 @@ def test_without_tmux_only_starting_is_refused(
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert refused.stderr.startswith("error: tmux is not installed\nhint: ")
     assert not (home / ".zk0bot" / "server" / "session.json").exists()
+
+
+def test_a_full_disk_is_said_with_a_hint_and_nothing_runs(
+    terminal: Terminal,
+    ports: tuple[int, int],
+    full_disk: Callable[[], contextlib.AbstractContextManager[None]],
+) -> None:
+    with full_disk():
+        result = terminal("server", "start", "--json")
+    error = json.loads(result.stdout)["error"]
+    assert (result.exit_code, error["code"]) == (1, "disk_failed")
+    assert error["message"].startswith("cannot write")
+    assert "df -h" in error["hint"]
+    assert terminal.host.sessions() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_disk_without_a_byte_left(
+    terminal: Terminal, ports: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        monkeypatch.setenv("ZK0BOT_HOME", str(disk))
+        result = terminal("server", "start")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "No space left on device" in result.stderr
+    assert terminal.host.sessions() == []
 
 
 def test_attach_without_session_is_refused(terminal: Terminal) -> None:

@@ -3,7 +3,9 @@
 import json
 import socket
 import stat
+import threading
 from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -250,6 +252,34 @@ def test_another_version_on_the_server_is_refused(tmp_path: Path, free_port: Fre
         processes.listen(port)
         with pytest.raises(ServiceError, match=r"runs zk0bot 9\.9\.9, this machine"):
             start_with_gateway(build_fake_machine(tmp_path, FakeHost()), port)
+
+
+def test_another_flower_on_the_server_is_refused(tmp_path: Path, free_port: FreePort) -> None:
+    port = free_port()
+    with fake_processes(flwr_version="1.40.0") as processes:
+        processes.listen(port)
+        host = FakeHost()
+        with pytest.raises(ServiceError, match=r"runs Flower 1\.40\.0, this machine") as caught:
+            start_with_gateway(build_fake_machine(tmp_path, host), port)
+    assert "same zk0bot version on both sides" in (caught.value.hint or "")
+    assert host.started == []
+
+
+def test_something_else_on_the_servers_port_is_named(tmp_path: Path) -> None:
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>it works</html>")
+
+        def log_message(self, format: str, *args: object) -> None:
+            return
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with pytest.raises(ServiceError, match="is not a zk0bot server"):
+            start_with_gateway(build_fake_machine(tmp_path, FakeHost()), server.server_port)
+        server.shutdown()
 
 
 def test_a_missing_local_folder_is_refused_at_once(tmp_path: Path, free_port: FreePort) -> None:
