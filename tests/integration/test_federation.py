@@ -222,6 +222,14 @@ def test_a_killed_gateway_is_restarted_and_the_run_goes_on(machine: Machine) -> 
     assert record["state"] == "completed", record
 
 
+def test_a_restarted_server_gets_its_clients_back(machine: Machine) -> None:
+    for command in ("stop", "start"):
+        status, answer = machine.zk0bot("server", command)
+        assert status == 0, answer
+    status, record = machine.run("wait-deadline-s=90", rounds=1)
+    assert (status, record["state"]) == (0, "completed"), record
+
+
 @pytest.mark.parametrize("rounds", ["0", "-1", "abc"])
 def test_impossible_rounds_are_a_usage_error(machine: Machine, rounds: str) -> None:
     status, answer = machine.zk0bot("run", "--rounds", rounds)

@@ -1,6 +1,8 @@
 """Where everything lies: functions of one state root, ``~/.zk0bot`` or ``ZK0BOT_HOME``."""
 
 import hashlib
+import os
+import pwd
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +20,11 @@ class Paths:
 
     @property
     def tmux_socket(self) -> str:
-        """tmux socket name, other than ``zk0`` only where the state root is not the default one."""
-        if self.root == Path.home() / ".zk0bot":
+        """tmux socket name, other than ``zk0`` only where the state root is not the default one.
+
+        The home of the account counts, not ``HOME``: two of those must not share a socket.
+        """
+        if self.root == Path(pwd.getpwuid(os.getuid()).pw_dir) / ".zk0bot":
             return TMUX_SOCKET
         return f"{TMUX_SOCKET}-{_short_hash(self.root)}"
 

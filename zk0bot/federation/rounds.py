@@ -106,10 +106,11 @@ class Federation:
             reason = f"{len(here)} of {needed} clients are ready"
             self.log.update(reason=reason)
             if len(here) >= needed:
-                settled_by = settled_by or self.clock() + SETTLE_S
-                if self.cohort.is_settled() or self.clock() > settled_by:
+                settled_by = settled_by or min(deadline, self.clock() + SETTLE_S)
+                if self.cohort.is_settled() or self.clock() >= settled_by:
                     return
-            self._check_deadline(deadline, reason)
+            else:
+                self._check_deadline(deadline, reason)
             self.sleep(LOOK_S)
 
     def _look_around(self) -> list[int]:

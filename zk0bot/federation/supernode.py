@@ -1,5 +1,7 @@
 """Flower's SuperNode with shorter waits; same flags as ``flower-supernode``."""
 
+import os
+import sys
 import time
 from types import SimpleNamespace
 
@@ -23,10 +25,23 @@ def hasten_supernode() -> None:
 
 
 def main() -> None:
-    """Run the SuperNode until SIGTERM."""
+    """Run the SuperNode until SIGTERM, or until its loop ends.
+
+    Flower's own process lives on without its loop, connected to nothing; this one ends, so that it
+    is started again.
+    """
     hasten_supernode()
     hasten_pulls()
-    flower_supernode()
+    code = 1
+    try:
+        flower_supernode()
+        sys.stderr.write("the SuperNode has lost its server\n")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

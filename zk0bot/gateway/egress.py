@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import httpx
-from flwr.proto.fleet_pb2 import ActivateNodeResponse
+from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesRequest
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -61,11 +61,10 @@ class Egress:
         self._note(bytes_up=self._link.bytes_up + _length(request.headers))
         if operation == "activate-node":
             return await self._activate(request)
+        if operation == "pull-messages":
+            return await self._pull(request)
         answer = await forward(self._client, request)
-        length = _length(answer.headers)
-        self._note_answer(answer.status_code, length)
-        if operation == "pull-messages" and answer.status_code == 200 and length:
-            self._order_flag.raise_()
+        self._note_answer(answer.status_code, _length(answer.headers))
         return answer
 
     async def keep_state(self) -> None:
@@ -94,6 +93,23 @@ class Egress:
         if answer.status_code == 200:
             node_id = str(ActivateNodeResponse.FromString(answer.content).node_id)
             self._note(node_id=node_id, last_answer_at=now(), error="")
+        return answer_with(answer)
+
+    async def _pull(self, request: Request) -> Response:
+        """Ask for orders; an answer shows that the server knows this node."""
+        body = await request.body()
+        try:
+            answer = await forward_bytes(self._client, request, body)
+        except httpx.TransportError as error:
+            self._note(error=f"server not reached: {error or type(error).__name__}", node_id="")
+            return Response(status_code=502)
+        if answer.status_code == 200:
+            node_id = str(PullMessagesRequest.FromString(body).node.node_id)
+            self._note(node_id=node_id, last_answer_at=now(), error="")
+            if answer.content:
+                self._order_flag.raise_()
+        else:
+            self._note(error=f"the server answered {answer.status_code}", node_id="")
         return answer_with(answer)
 
     async def _greet(self) -> None:

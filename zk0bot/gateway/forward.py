@@ -1,7 +1,8 @@
 """One HTTP hop: pass a request on and stream the answer back, holding neither in memory."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from types import FrameType
 
 import httpx
 import uvicorn
@@ -43,7 +44,10 @@ def passed_on(headers: httpx.Headers | Request) -> list[tuple[str, str]]:
 
 
 async def forward(client: httpx.AsyncClient, request: Request) -> Response:
-    """Send ``request`` to the same path upstream and stream the answer; 502 if unreachable."""
+    """Send ``request`` to the same path upstream and stream the answer; 502 if unreachable.
+
+    Any server error becomes 502: a SuperNode tries again after that one and gives up at others.
+    """
     upstream = client.build_request(
         request.method,
         request.url.path,
@@ -54,6 +58,9 @@ async def forward(client: httpx.AsyncClient, request: Request) -> Response:
         answer = await client.send(upstream, stream=True)
     except httpx.TransportError as error:
         logger.warning("%s: %s", request.url.path, error or type(error).__name__)
+        return Response(status_code=502)
+    if answer.status_code >= 500:
+        await answer.aclose()
         return Response(status_code=502)
     return StreamingResponse(
         _body(answer), status_code=answer.status_code, headers=dict(passed_on(answer.headers))
@@ -71,7 +78,9 @@ async def forward_bytes(client: httpx.AsyncClient, request: Request, body: bytes
 
 
 def answer_with(response: httpx.Response) -> Response:
-    """The whole upstream answer as our own."""
+    """The whole upstream answer as our own; a server error as 502."""
+    if response.status_code >= 500:
+        return Response(status_code=502)
     return Response(
         response.content,
         status_code=response.status_code,
@@ -84,16 +93,31 @@ def build_client(base_url: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=base_url, timeout=120.0, trust_env=False)
 
 
-def serve(app: Starlette, *, host: str, port: int) -> None:
-    """Serve until SIGTERM; held requests are cut after a second."""
-    uvicorn.run(
+class _Server(uvicorn.Server):
+    """Says that it is ending before it waits for the requests that are held."""
+
+    def __init__(self, config: uvicorn.Config, on_exit: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_exit = on_exit
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._on_exit()
+        super().handle_exit(sig, frame)
+
+
+def serve(
+    app: Starlette, *, host: str, port: int, on_exit: Callable[[], None] = lambda: None
+) -> None:
+    """Serve until SIGTERM; ``on_exit`` is called then, requests are cut two seconds later."""
+    config = uvicorn.Config(
         app,
         host=host,
         port=port,
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=2,
     )
+    _Server(config, on_exit).run()
 
 
 async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:

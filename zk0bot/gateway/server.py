@@ -57,12 +57,17 @@ class Bell:
     def __init__(self, flag: Flag) -> None:
         self._flag = flag
         self._rung = asyncio.Event()
+        self.is_closed = False
+
+    def close(self) -> None:
+        """End all waits within FLAG_POLL_S: the process is about to end."""
+        self.is_closed = True
 
     async def watch(self) -> None:
         """Notice the flag within FLAG_POLL_S, until cancelled."""
         while True:
             await asyncio.sleep(FLAG_POLL_S)
-            if self._flag.was_raised():
+            if self.is_closed or self._flag.was_raised():
                 self._rung.set()
                 self._rung = asyncio.Event()
 
@@ -140,7 +145,7 @@ class Gateway:
             answer = await forward_bytes(self._client, request, body)
             if answer.status_code == 200:
                 self._nodes.add(str(PullMessagesRequest.FromString(body).node.node_id))
-            while _is_empty(answer) and time.monotonic() < deadline:
+            while _is_empty(answer) and time.monotonic() < deadline and not self._bell.is_closed:
                 if await request.is_disconnected():
                     break
                 await self._bell.wait(min(REASK_S, deadline - time.monotonic()))
@@ -151,7 +156,10 @@ class Gateway:
 
 
 def build_app(superlink: str, progress_dir: Path) -> Starlette:
-    """The gateway in front of the SuperLink at ``superlink`` (HOST:PORT)."""
+    """The gateway in front of the SuperLink at ``superlink`` (HOST:PORT).
+
+    ``app.state.bell.close()`` answers held pulls, empty, before the process ends.
+    """
     client = build_client(f"http://{superlink}")
     bell = Bell(Flag(orders_flag(progress_dir)))
     gateway = Gateway(client, progress_dir, bell)
@@ -168,7 +176,9 @@ def build_app(superlink: str, progress_dir: Path) -> Starlette:
         Route("/v1/zk0/health", gateway.health, methods=["GET"]),
         Route("/v1/zk0/progress", gateway.progress, methods=["POST"]),
     ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    app = Starlette(routes=routes, lifespan=lifespan)
+    app.state.bell = bell
+    return app
 
 
 def _is_empty(answer: httpx.Response) -> bool:
@@ -199,7 +209,8 @@ def main() -> None:
     parser.add_argument("--progress-dir", type=Path, required=True)
     args = parser.parse_args()
     args.progress_dir.mkdir(parents=True, exist_ok=True)
-    serve(build_app(args.superlink, args.progress_dir), host=args.host, port=args.port)
+    app = build_app(args.superlink, args.progress_dir)
+    serve(app, host=args.host, port=args.port, on_exit=app.state.bell.close)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class SuperLink:
         self.paths: list[str] = []
         self.bodies: list[bytes] = []
         self.empty_pulls = 0
+        self.status = 200
 
     def app(self) -> Starlette:
         everything = Route("/{path:path}", self.answer, methods=["GET", "POST", "PUT", "DELETE"])
@@ -46,6 +47,8 @@ class SuperLink:
     async def answer(self, request: Request) -> Response:
         self.paths.append(request.url.path)
         self.bodies.append(await request.body())
+        if self.status != 200 and request.url.path.startswith("/v1/fleet/"):
+            return Response(b"no", status_code=self.status)
         if request.url.path.endswith("pull-messages"):
             self.empty_pulls -= 1
             messages = [] if self.empty_pulls >= 0 else [ProtoMessage()]
@@ -151,6 +154,35 @@ def test_an_empty_pull_ends_at_the_deadline(
     superlink.empty_pulls = 1000
     answer = gateway.post("/v1/fleet/pull-messages", content=PULL)
     assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_a_gateway_that_ends_answers_held_pulls_empty(
+    gateway: TestClient, superlink: SuperLink
+) -> None:
+    superlink.empty_pulls = 1000
+    threading.Timer(0.3, gateway.app.state.bell.close).start()
+    started = time.monotonic()
+    answer = gateway.post("/v1/fleet/pull-messages", content=PULL)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert time.monotonic() - started < server.REASK_S
+
+
+@pytest.mark.parametrize(("status", "passed_on"), [(500, 502), (503, 502), (404, 404), (200, 200)])
+@pytest.mark.parametrize("operation", ["pull-messages", "get-run"])
+def test_a_server_error_reaches_the_supernode_as_one_it_retries(
+    hop: TestClient, superlink: SuperLink, operation: str, status: int, passed_on: int
+) -> None:
+    superlink.status = status
+    answer = hop.post(f"/v1/fleet/{operation}", content=PULL)
+    assert answer.status_code == passed_on
+
+
+def test_a_restarted_hop_learns_its_node_from_a_pull(hop: TestClient, tmp_path: Path) -> None:
+    hop.post("/v1/fleet/pull-messages", content=PULL)
+    deadline = time.monotonic() + 5
+    while read_record(link_state(tmp_path), LinkState).node_id != "77":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_progress_is_kept_for_nodes_that_have_pulled_only(
