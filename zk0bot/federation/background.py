@@ -5,8 +5,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-Start = Callable[[Callable[[], object]], "Future[object]"]
-
 
 def start_thread[T](work: Callable[[], T]) -> Future[T]:
     """Do ``work`` on a daemon thread of its own."""

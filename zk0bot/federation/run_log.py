@@ -2,13 +2,12 @@
 
 import logging
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 
 from zk0bot.config.paths import Paths
 from zk0bot.errors import DataError, RunError
 from zk0bot.files import read_record, write_json
-from zk0bot.records import ClientProgress, NodeProgress, RunRecord, Verdict, now
+from zk0bot.records import NodeProgress, RunRecord, Verdict, now
 
 logger = logging.getLogger(__name__)
 WRITE_EVERY_S = 0.25
@@ -59,10 +58,6 @@ class RunLog:
             for client in self.record.clients
         ]
         self.update(clients=clients)
-
-    def set_clients(self, clients: Iterable[ClientProgress]) -> None:
-        """Replace all clients' lines."""
-        self.update(at_once=True, clients=list(clients))
 
     def take_progress(self, round_: int) -> None:
         """Copy what the nodes' egress hops reported about this round into their lines."""

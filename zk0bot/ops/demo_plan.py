@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zk0bot.config.load import Sources, load_run
-from zk0bot.config.models import ClientConfig, RunConfig, ServerConfig
+from zk0bot.config.models import ClientConfig, RunConfig
 from zk0bot.config.paths import Paths
 from zk0bot.errors import ConfigError
 from zk0bot.report.comparison import ComparisonPlan
@@ -108,11 +108,6 @@ def build_run_config(options: DemoOptions) -> RunConfig:
         "output_dir": str(options.output),
     }
     return load_run(Sources(flags=flags), env={}).config
-
-
-def build_server_config(port: int, superlink_port: int) -> ServerConfig:
-    """A server on free ports, so that a real one on this machine is left alone."""
-    return ServerConfig(port=port, superlink_port=superlink_port)
 
 
 def build_client_config(owner: Owner, options: DemoOptions, server: str) -> ClientConfig:
