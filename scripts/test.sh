@@ -7,7 +7,6 @@ setup dev
 need_tmux
 if [ $# -gt 0 ]; then exec pytest "$@"; fi
 part check ./scripts/check.sh
-part "slow tests" pytest -q --durations=5 -m "slow and not integration and not gpu" tests
-part "integration tests" pytest -q --durations=5 -m "integration and not gpu" tests
-part "GPU tests" pytest -q -m gpu tests
+part "slow and GPU tests" pytest -q --durations=5 -m "(slow or gpu) and not integration" tests
+part "integration tests" pytest -q --durations=5 -m integration tests
 summary "all tests"
