@@ -141,6 +141,40 @@ class LinkState(Record):
     bytes_down: int = 0
 
 
+class Membership(Record):
+    """``membership.json`` in a node's identity folder: where and as whom it is enrolled."""
+
+    server: str
+    """HOST:PORT of the server's gateway."""
+    node: str
+    """This node's name at the server."""
+    fingerprint: str
+    """Of this node's public key."""
+    trust: Literal["pinned", "system", "loopback"] = "pinned"
+    """How the server's certificate is checked: by the CA in ``ca.crt`` beside this file, by the
+    certificates of the system, or not at all (plain HTTP to a server on this machine)."""
+    invite_id: str = ""
+    """Of the join code; empty without one."""
+    enrolled_at: datetime = Field(default_factory=now)
+
+
+class Presence(Record):
+    """An enrolled node as the gateway sees it."""
+
+    name: str
+    fingerprint: str
+    node_id: str = ""
+    """Flower's id, as text; empty until the SuperLink knows the node."""
+    last_seen: datetime | None = None
+    """Last authenticated request; None: not since the server was started."""
+
+
+class PresenceList(Record):
+    """``presence.json`` at the server: every enrolled node that is not revoked."""
+
+    nodes: list[Presence] = Field(default_factory=list)
+
+
 class GatewayHealth(Record):
     """What ``GET /v1/zk0/health`` at the server's gateway answers."""
 

@@ -125,11 +125,19 @@ class ServerConfig(Settings):
     """The server machine."""
 
     host: str = "127.0.0.1"
-    """Address that clients reach; loopback only until TLS and enrolment exist."""
+    """Address that the gateway listens on; 0.0.0.0 for clients on other machines."""
     port: int = Field(9092, ge=1, le=65535)
     """Port that clients reach (the gateway)."""
     superlink_port: int = Field(9091, ge=1, le=65535)
     """Flower's SuperLink; loopback only."""
+    public_hosts: tuple[str, ...] = ()
+    """Names and addresses under which clients reach this machine; the first is in join codes."""
+    tls_cert: str = ""
+    """Own certificate chain (PEM) for the public port; empty: one of zk0bot's private CA."""
+    tls_key: str = ""
+    """Private key of tls-cert."""
+    insecure: bool = False
+    """Plain HTTP and no join codes: on loopback addresses only."""
     start_deadline_s: float = Field(120.0, gt=0)
     """``server start`` fails after this long without a passing health check."""
 
@@ -155,5 +163,19 @@ class ClientConfig(Settings):
     """Where to train; auto: CUDA when there is one."""
     first_port: int = Field(8080, ge=1, le=65000)
     """First loopback port tried for the SuperNode and the egress hop."""
+    insecure: bool = False
+    """Plain HTTP to a server on this machine that was started so."""
+    max_upload_mbit: float = Field(0.0, ge=0)
+    """Megabits per second that replies may take of the link; 0: no limit."""
+    max_bytes_per_day: int = Field(0, ge=0)
+    """Bytes sent and received between two midnights, local time; 0: no limit."""
+    hours: str = Field("", pattern=r"^$|^[0-2][0-9]:[0-5][0-9]-[0-2][0-9]:[0-5][0-9]$")
+    """Local time in which this node takes orders, such as 22:00-07:00; empty: always."""
+    leave_after_round: int = Field(0, ge=0)
+    """Take no order of a run after this round; 0: no limit."""
+    gpu_only_when_idle: bool = False
+    """Decline to train while another program uses the GPU."""
+    forbid: tuple[str, ...] = ()
+    """Patterns of tensor and metric names that must not leave, such as ``statistics*``."""
     start_deadline_s: float = Field(300.0, gt=0)
     """``client start`` fails after this long without a passing health check."""

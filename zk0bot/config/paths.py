@@ -68,6 +68,21 @@ class Paths:
         return self.server_dir / "evaluator"
 
     @property
+    def tls_dir(self) -> Path:
+        """The private CA and the certificate of the public port."""
+        return self.server_dir / "tls"
+
+    @property
+    def enrolment_dir(self) -> Path:
+        """Who may join and who has: invites and nodes."""
+        return self.server_dir / "enrolment"
+
+    @property
+    def presence(self) -> Path:
+        """PresenceList, written by the gateway: Flower's node ids of enrolled nodes."""
+        return self.server_dir / "presence.json"
+
+    @property
     def cache_dir(self) -> Path:
         """Models, simulated datasets, hub downloads."""
         return self.root / "cache"
@@ -125,6 +140,31 @@ def link_state(client_dir: Path) -> Path:
 def client_config(client_dir: Path) -> Path:
     """ClientConfig with which this client was started."""
     return client_dir / "client.json"
+
+
+def loopback_dir(service_dir: Path) -> Path:
+    """Certificate and secret of a service's own hops; made anew at each start."""
+    return service_dir / "loopback"
+
+
+def identity_dir(client_dir: Path) -> Path:
+    """A node's key pair, its Membership and the CA of its server."""
+    return client_dir / "identity"
+
+
+def audit_dir(service_dir: Path) -> Path:
+    """Chained and signed log of who did what at a service."""
+    return service_dir / "audit"
+
+
+def ledger_path(client_dir: Path) -> Path:
+    """One line for each message that left or reached this node."""
+    return client_dir / "ledger.jsonl"
+
+
+def outbox_dir(client_dir: Path) -> Path:
+    """Replies that are complete here and not yet at the server."""
+    return client_dir / "outbox"
 
 
 def configs_dir() -> Path:
