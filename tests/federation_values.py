@@ -18,7 +18,6 @@ def describe(
     moments = FeatureStatistics(count=frames or 1, mean=[0.0], std=[1.0], min=[-1.0], max=[1.0])
     statistics = {"observation.state": moments, "action": moments} if with_statistics else None
     return NodeDescription(
-        name=name,
         dataset_id=f"{name}-0000-0000",
         num_episodes=5,
         num_train_frames=frames,

@@ -1,4 +1,8 @@
-"""Which nodes take part: each describes itself once and is admitted or refused by name."""
+"""Which nodes take part: each describes itself once and is admitted or refused.
+
+A node's name is the one under which it is enrolled, and a node that is not enrolled is asked
+nothing.
+"""
 
 import logging
 import math
@@ -11,8 +15,8 @@ from flwr.app import RecordDict
 
 from zk0bot.config.models import RunConfig
 from zk0bot.errors import UpdateError
+from zk0bot.federation.member import Member
 from zk0bot.federation.messages import unpack
-from zk0bot.federation.output import client_slug
 from zk0bot.federation.transport import Courier
 from zk0bot.training.protocol import DescribeRequest, NodeDescription, PolicySpec
 from zk0bot.version import __version__
@@ -28,10 +32,12 @@ class Cohort:
     config: RunConfig
     spec: PolicySpec
     base_hash: str
-    members: dict[int, NodeDescription] = field(default_factory=dict)
+    find_name: Callable[[int], str | None]
+    """The name under which a node is enrolled; None when it is not."""
+    members: dict[int, Member] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     failed: dict[int, tuple[str, float]] = field(default_factory=dict)
-    """Why a node could not describe itself, and when; it is asked again."""
+    """Why a node could not be asked or did not describe itself, and when; it is asked again."""
     clock: Callable[[], float] = time.monotonic
     asked: set[int] = field(default_factory=set)
     """Nodes whose description is on its way."""
@@ -44,6 +50,10 @@ class Cohort:
             if node_id in self.members or node_id in self.refused or courier.is_busy(node_id):
                 continue
             if node_id in self.failed and self.clock() - self.failed[node_id][1] < ASK_AGAIN_S:
+                continue
+            if self.find_name(node_id) is None:
+                logger.warning("node %s is not enrolled", node_id)
+                self.failed[node_id] = (f"node {node_id} is not enrolled", self.clock())
                 continue
             why = courier.send(node_id, "query", request, group="0", deadline_s=deadline_s)
             if why:
@@ -69,8 +79,10 @@ class Cohort:
         return not self.asked
 
     def forget_absent(self, online: list[int]) -> None:
-        """Stop waiting for the descriptions of nodes that left."""
+        """Stop waiting for the descriptions of nodes that left; who comes back is asked anew."""
         self.asked.intersection_update(online)
+        self.refused = {n: why for n, why in self.refused.items() if n in online}
+        self.failed = {n: why for n, why in self.failed.items() if n in online}
 
     def available(self, courier: Courier, online: list[int]) -> list[int]:
         """Members that are online and owe nothing."""
@@ -89,35 +101,35 @@ class Cohort:
 
     def _admit(self, node_id: int, content: RecordDict) -> str:
         """Empty when the node is now a member, else why not."""
+        if (name := self.find_name(node_id)) is None:
+            return f"node {node_id}: is no longer enrolled"
         try:
-            description = unpack(content, NodeDescription)
+            member = Member(name=name, description=unpack(content, NodeDescription))
         except UpdateError as error:
-            return error.message
-        if why := self._objection(description):
-            return f"{description.name}: {why}"
-        self._retire(description.dataset_id)
-        self.members[node_id] = description
-        logger.info("node %s is %s", node_id, description.name)
+            return f"{name}: {error.message}"
+        if why := self._objection(member):
+            return f"{name}: {why}"
+        self._retire(name)
+        self.members[node_id] = member
+        logger.info("node %s is %s", node_id, name)
         return ""
 
-    def _retire(self, dataset_id: str) -> None:
-        """Forget the node id under which a client that came back was known before."""
-        former = [n for n, member in self.members.items() if member.dataset_id == dataset_id]
+    def _retire(self, name: str) -> None:
+        """Forget the node id under which a client that enrolled again was known before."""
+        former = [n for n, member in self.members.items() if member.name == name]
         for node_id in former:
-            name = self.members.pop(node_id).name
+            del self.members[node_id]
             self.refused[node_id] = f"{name}: came back under another node id"
 
-    def _objection(self, description: NodeDescription) -> str:
+    def _objection(self, member: Member) -> str:
+        description = member.description
         if description.zk0bot_version != __version__:
             return f"runs zk0bot {description.zk0bot_version}, the server {__version__}"
         if description.base_hash != self.base_hash:
             return "holds another base model than the server"
-        if any(
-            client_slug(member) == client_slug(description)
-            and member.dataset_id != description.dataset_id
-            for member in self.members.values()
-        ):
-            return "another client has this name; start it with another --name"
+        others = [other for other in self.members.values() if other.name != member.name]
+        if any(other.slug == member.slug for other in others):
+            return "another client's name differs only in signs; enrol it under another name"
         if description.num_train_frames < 1:
             return "has no training frames"
         if self.config.statistics == "pooled" and description.statistics is None:

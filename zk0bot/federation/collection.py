@@ -148,7 +148,7 @@ class Collector:
             base_hash=self.cohort.base_hash,
             run_id=self.log.record.run_id,
             round_=round_,
-            node=self.cohort.members[node_id],
+            member=self.cohort.members[node_id],
             statistics=statistics,
             evaluate_first=self.referee.is_due(round_ - 1),
         )
@@ -185,7 +185,7 @@ class Collector:
         with replacing(self._update_file(reply.node_id)) as temporary:
             temporary.write_bytes(blob)
         replies.accepted[reply.node_id] = AcceptedUpdate(
-            node=self.cohort.members[reply.node_id], result=result, update_norm=norm(update)
+            member=self.cohort.members[reply.node_id], result=result, update_norm=norm(update)
         )
         self.log.set_client(
             reply.node_id,
@@ -231,9 +231,9 @@ class Collector:
 
     def _tell(self, node_id: int, line: str) -> None:
         """Log what happened with one client, for the server and in the client's own file."""
-        node = self.cohort.members[node_id]
-        logger.info("%s: %s", node.name, line)
-        self.output.note(node, line)
+        member = self.cohort.members[node_id]
+        logger.info("%s: %s", member.name, line)
+        self.output.note(member, line)
 
     def _update_file(self, node_id: int) -> Path:
         return self.scratch / f"{node_id}.safetensors"

@@ -7,18 +7,19 @@ from typing import Any
 import numpy as np
 
 from zk0bot.config.models import RunConfig
+from zk0bot.federation.member import Member
 from zk0bot.files import write_json
 from zk0bot.records import now
 from zk0bot.report.chart import draw_policy_loss, draw_round_metrics
 from zk0bot.report.history import RoundMetrics, to_policy_loss_history
-from zk0bot.training.protocol import AssessResult, NodeDescription, TrainResult
+from zk0bot.training.protocol import AssessResult, TrainResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class AcceptedUpdate:
     """One client's part in a round."""
 
-    node: NodeDescription
+    member: Member
     result: TrainResult
     update_norm: float
 
@@ -36,9 +37,9 @@ class OutputTree:
         """``config.json``: every setting, resolved."""
         write_json(self.root / "config.json", config)
 
-    def note(self, node: NodeDescription, line: str) -> None:
+    def note(self, member: Member, line: str) -> None:
         """Add a line to ``clients/<slug>/client.log``: the server's view of that client."""
-        path = self.root / "clients" / client_slug(node) / "client.log"
+        path = self.root / "clients" / member.slug / "client.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as log:
             log.write(f"{now():%Y-%m-%d %H:%M:%S} {line}\n")
@@ -48,7 +49,7 @@ class OutputTree:
     ) -> None:
         """``clients/<slug>/round_N.json`` and ``federated_metrics.json``."""
         for update in accepted:
-            path = self.root / "clients" / client_slug(update.node) / f"round_{round_}.json"
+            path = self.root / "clients" / update.member.slug / f"round_{round_}.json"
             write_json(path, _client_entry(round_, update))
         self._metrics.append(
             RoundMetrics(
@@ -92,18 +93,12 @@ class OutputTree:
         return self.root / "evaluate" / f"round_{round_}"
 
 
-def client_slug(node: NodeDescription) -> str:
-    """Folder name of a client: what its owner called it, reduced to safe characters."""
-    safe = "".join(c if c.isalnum() or c in "-_" else "-" for c in node.name)[:40]
-    return safe or f"client-{node.dataset_id[:8]}"
-
-
 def _client_entry(round_: int, update: AcceptedUpdate) -> dict[str, Any]:
     result = update.result
     return {
         "round": round_,
-        "client_id": client_slug(update.node),
-        "dataset_name": update.node.dataset_id,
+        "client_id": update.member.slug,
+        "dataset_name": update.member.description.dataset_id,
         "loss": result.loss,
         "policy_loss": result.policy_loss,
         "fedprox_loss": result.fedprox_loss,

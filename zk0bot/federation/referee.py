@@ -159,7 +159,7 @@ class Referee:
     def _note_clients_view(self, round_: int, accepted: list[AcceptedUpdate]) -> None:
         """What the clients of the next round measured before they trained."""
         losses = {
-            update.node.name: (update.result.heldout_loss, update.result.heldout_examples)
+            update.member.name: (update.result.heldout_loss, update.result.heldout_examples)
             for update in accepted
             if update.result.heldout_loss is not None and update.result.heldout_examples
         }

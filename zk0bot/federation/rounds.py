@@ -127,7 +127,8 @@ class Federation:
         if self.config.statistics == "local":
             return None
         members = sorted(self.cohort.members.values(), key=lambda member: member.name)
-        return pool_statistics([member.statistics for member in members if member.statistics])
+        found = [member.description.statistics for member in members]
+        return pool_statistics([statistics for statistics in found if statistics])
 
     def _run_round(
         self, round_: int, optimizer: ServerOptimizer, statistics: DatasetStatistics | None

@@ -4,10 +4,10 @@ import hashlib
 import math
 
 from zk0bot.config.models import RunConfig
+from zk0bot.federation.member import Member
 from zk0bot.training.protocol import (
     DatasetStatistics,
     LearningRate,
-    NodeDescription,
     PolicySpec,
     TrainRequest,
 )
@@ -20,12 +20,12 @@ def build_train_request(
     base_hash: str,
     run_id: str,
     round_: int,
-    node: NodeDescription,
+    member: Member,
     statistics: DatasetStatistics | None,
     evaluate_first: bool,
 ) -> TrainRequest:
     """The order of one node in one round; rounds count from 1."""
-    steps = steps_per_round(config, node)
+    steps = steps_per_round(config, member.description.num_train_frames)
     return TrainRequest(
         spec=spec,
         base_hash=base_hash,
@@ -37,17 +37,17 @@ def build_train_request(
         batch_size=config.batch_size,
         learning_rate=learning_rate(config, round_, steps),
         proximal_mu=config.proximal_mu,
-        seed=node_seed(config.seed, node.name),
+        seed=node_seed(config.seed, member.name),
         evaluate_first=evaluate_first,
         eval_batches=config.eval_batches,
     )
 
 
-def steps_per_round(config: RunConfig, node: NodeDescription) -> int:
-    """Optimizer steps of this node in each round."""
+def steps_per_round(config: RunConfig, num_train_frames: int) -> int:
+    """Optimizer steps of a node with so many frames in each round."""
     if not config.local_epochs:
         return config.local_steps
-    return config.local_epochs * math.ceil(node.num_train_frames / config.batch_size)
+    return config.local_epochs * math.ceil(num_train_frames / config.batch_size)
 
 
 def learning_rate(config: RunConfig, round_: int, steps: int) -> LearningRate:

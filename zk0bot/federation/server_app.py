@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -15,6 +16,7 @@ from zk0bot.config.paths import Paths
 from zk0bot.errors import RunError, Zk0Error
 from zk0bot.federation.cohort import Cohort
 from zk0bot.federation.evaluator import Evaluator
+from zk0bot.federation.member import find_enrolled_name
 from zk0bot.federation.output import OutputTree
 from zk0bot.federation.pace import hasten_pulls
 from zk0bot.federation.referee import Referee
@@ -96,7 +98,12 @@ class Run:
         return Federation(
             config=self.config,
             courier=Courier(grid, self.paths.progress_dir),
-            cohort=Cohort(config=self.config, spec=spec, base_hash=initial.base_hash),
+            cohort=Cohort(
+                config=self.config,
+                spec=spec,
+                base_hash=initial.base_hash,
+                find_name=partial(find_enrolled_name, self.paths.presence),
+            ),
             referee=Referee(config=self.config, evaluator=evaluator, output=output, log=self.log),
             log=self.log,
             output=output,

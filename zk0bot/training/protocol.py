@@ -47,9 +47,8 @@ class DescribeRequest(Message):
 
 
 class NodeDescription(Message):
-    """What a node says of itself before round 1. No path, dataset name or task text."""
+    """What a node says of itself before round 1. No name, path, dataset name or task text."""
 
-    name: str
     dataset_id: str
     """A random UUID kept beside the dataset's client folder; says nothing about the content."""
     num_episodes: int

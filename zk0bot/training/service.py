@@ -105,11 +105,10 @@ class LoadedPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnData:
-    """A node's dataset and what the server calls it."""
+    """A node's dataset and the number by which the server knows it."""
 
     dataset: Dataset
     dataset_id: str
-    name: str
 
 
 class Service:
@@ -154,7 +153,7 @@ class Service:
         )
         number = dataset_id(self._owner_dir, config.dataset_uri)
         name = config.name or f"client-{number[:8]}"
-        self._own = OwnData(dataset=dataset, dataset_id=number, name=name)
+        self._own = OwnData(dataset=dataset, dataset_id=number)
         self._reporter.set_identity(dataset_id=number, name=name)
 
     def answer(self, request: Message, in_use: set[str]) -> Message:
@@ -185,7 +184,6 @@ class Service:
         own, loaded = self._own_data(), self._policy(request.spec)
         check_fits(own.dataset, request.spec.policy)
         return NodeDescription(
-            name=own.name,
             dataset_id=own.dataset_id,
             num_episodes=own.dataset.num_episodes,
             num_train_frames=len(own.dataset.train),

@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from zk0bot.config.paths import Paths
 from zk0bot.errors import DeadlineError
 from zk0bot.federation.codec import Tensors, decode, encode
 from zk0bot.federation.cohort import Cohort
+from zk0bot.federation.member import find_enrolled_name
 from zk0bot.federation.messages import pack, pack_failure, unpack, unpack_blob
 from zk0bot.federation.output import OutputTree
 from zk0bot.federation.referee import Referee
@@ -112,7 +113,15 @@ def train_result(request: TrainRequest, blob: bytes, samples: int) -> TrainResul
     )
 
 
-def federation(tmp_path: Path, nodes: dict[int, Node], **settings: object) -> Federation:
+ENROLLED = {1: "red", 2: "green", 3: "blue"}
+
+
+def federation(
+    tmp_path: Path,
+    nodes: dict[int, Node],
+    enrolled: Mapping[int, str] = ENROLLED,
+    **settings: object,
+) -> Federation:
     """A federation over ``nodes`` whose clock runs a second each time it is read."""
     values = {"num_server_rounds": 2, "strategy": "fedavg", "eval_datasets": ("sim:x",)}
     config = RunConfig.model_validate({**values, "round_deadline_s": 20, **settings})
@@ -136,7 +145,9 @@ def federation(tmp_path: Path, nodes: dict[int, Node], **settings: object) -> Fe
     return Federation(
         config=config,
         courier=Courier(FakeGrid(nodes), tmp_path, clock=clock, start_pull=Inline().submit),
-        cohort=Cohort(config=config, spec=spec, base_hash=BASE_HASH, clock=clock),
+        cohort=Cohort(
+            config=config, spec=spec, base_hash=BASE_HASH, find_name=enrolled.get, clock=clock
+        ),
         referee=referee,
         log=log,
         output=output,
@@ -251,19 +262,56 @@ def test_a_node_that_does_not_fit_is_refused_by_name(
         federation(tmp_path, nodes, wait_deadline_s=5).run()
 
 
-def test_two_clients_may_not_have_one_name(tmp_path: Path) -> None:
-    twin = describe("red").model_copy(update={"dataset_id": "other"})
-    nodes = {1: node(describe("red"), 1.0), 2: node(twin, 1.0)}
-    with pytest.raises(DeadlineError, match="red: another client has this name"):
-        federation(tmp_path, nodes, wait_deadline_s=5).run()
+def test_two_clients_do_not_share_a_folder(tmp_path: Path) -> None:
+    nodes = {1: node(describe("red"), 1.0), 2: node(describe("green"), 1.0)}
+    names = {1: "my robot", 2: "my/robot"}
+    with pytest.raises(DeadlineError, match="my/robot: another client's name differs only"):
+        federation(tmp_path, nodes, names, wait_deadline_s=5).run()
 
 
-def test_a_client_that_came_back_under_a_new_node_id_counts_once(tmp_path: Path) -> None:
-    red, green = describe("red"), describe("green")
-    nodes = {1: node(red, 1.0), 2: node(red, 1.0), 3: node(green, 1.0)}
-    run = federation(tmp_path, nodes)
+def test_a_client_that_enrolled_again_counts_once(tmp_path: Path) -> None:
+    nodes = {n: node(describe("red"), 1.0) for n in (1, 2, 3)}
+    run = federation(tmp_path, nodes, {1: "red", 2: "red", 3: "green"})
     run.run()
     assert [outcome.asked for outcome in run.outcomes] == [2, 2]
+
+
+def test_a_node_that_says_it_has_anothers_dataset_puts_nobody_out(tmp_path: Path) -> None:
+    nodes = {n: node(describe("red"), 1.0) for n in (1, 2)}
+    run = federation(tmp_path, nodes)
+    run.run()
+    assert [outcome.accepted for outcome in run.outcomes] == [2, 2]
+
+
+def test_a_node_that_is_not_enrolled_is_asked_nothing(tmp_path: Path) -> None:
+    nodes = {n: node(describe("red"), 1.0) for n in (1, 2, 4)}
+    run = federation(tmp_path, nodes)
+    run.run()
+    assert {node_id for node_id, _ in run.courier._grid.sent} == {1, 2}
+    assert run.cohort.objections() == ["node 4 is not enrolled"]
+
+
+def test_a_node_that_is_revoked_while_it_describes_itself_stays_out(tmp_path: Path) -> None:
+    nodes = {n: node(describe("red"), 1.0) for n in (1, 2)}
+    names = dict(ENROLLED)
+    run = federation(tmp_path, nodes, names, wait_deadline_s=5)
+
+    def revoked(kind: str, content: RecordDict) -> RecordDict:
+        del names[2]
+        return pack(describe("green"))
+
+    nodes[2] = revoked
+    with pytest.raises(DeadlineError, match="node 2: is no longer enrolled"):
+        run.run()
+
+
+def test_the_name_is_the_one_the_gateway_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "presence.json"
+    assert find_enrolled_name(path, 7) is None
+    entry = {"name": "red", "fingerprint": "zk0:1", "node_id": "7"}
+    write_json(path, {"nodes": [entry, {"name": "green", "fingerprint": "zk0:2"}]})
+    assert find_enrolled_name(path, 7) == "red"
+    assert find_enrolled_name(path, 8) is None
 
 
 def test_local_statistics_stay_at_home(tmp_path: Path) -> None:
@@ -355,10 +403,13 @@ def test_a_stop_request_ends_the_wait(tmp_path: Path) -> None:
 
 def test_fraction_fit_asks_a_share_and_never_fewer_than_the_minimum(tmp_path: Path) -> None:
     nodes = {n: node(describe(f"c{n}"), 1.0) for n in range(1, 9)}
-    run = federation(tmp_path, nodes, fraction_fit=0.5, num_server_rounds=1)
+    names = {n: f"c{n}" for n in nodes}
+    run = federation(tmp_path, nodes, names, fraction_fit=0.5, num_server_rounds=1)
     run.run()
     assert run.outcomes[0].asked == 4
-    few = federation(tmp_path, nodes, fraction_fit=0.1, min_fit_clients=3, num_server_rounds=1)
+    few = federation(
+        tmp_path, nodes, names, fraction_fit=0.1, min_fit_clients=3, num_server_rounds=1
+    )
     few.run()
     assert few.outcomes[0].asked == 3
 
@@ -366,7 +417,9 @@ def test_fraction_fit_asks_a_share_and_never_fewer_than_the_minimum(tmp_path: Pa
 def test_the_same_replies_give_the_same_weights_to_the_bit(tmp_path: Path) -> None:
     def weights(order: list[int]) -> Tensors:
         nodes = {n: node(describe(f"c{n}"), 0.1 * n, samples=n) for n in order}
-        run = federation(tmp_path / "".join(map(str, order)), nodes, min_fit_clients=4)
+        names = {n: f"c{n}" for n in order}
+        folder = tmp_path / "".join(map(str, order))
+        run = federation(folder, nodes, names, min_fit_clients=4)
         run.run()
         return run.weights
 

@@ -1,7 +1,6 @@
 """One learning-rate curve over all rounds; each node its own stream of batches."""
 
 import pytest
-from federation_values import describe
 
 from zk0bot.config.models import RunConfig
 from zk0bot.federation.schedule import learning_rate, node_seed, steps_per_round
@@ -17,7 +16,7 @@ def test_rounds_continue_one_curve() -> None:
 @pytest.mark.parametrize(("epochs", "frames", "steps"), [(0, 100, 20), (1, 100, 4), (3, 33, 6)])
 def test_epochs_count_instead_of_steps(epochs: int, frames: int, steps: int) -> None:
     config = RunConfig(local_steps=20, local_epochs=epochs, batch_size=32)
-    assert steps_per_round(config, describe("red", frames=frames)) == steps
+    assert steps_per_round(config, frames) == steps
 
 
 def test_nodes_draw_different_batches_and_repeat_them() -> None:

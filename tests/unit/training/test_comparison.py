@@ -58,7 +58,7 @@ class Trainers:
     def _answer(self, directory: str, request: Message) -> Message:
         if isinstance(request, DescribeRequest):
             return NodeDescription(
-                name=directory, dataset_id="1", num_episodes=70, num_train_frames=1,
+                dataset_id="1", num_episodes=70, num_train_frames=1,
                 num_heldout_frames=1, base_hash="b", statistics=STATISTICS[directory],
                 device="cpu", zk0bot_version="0",
             )  # fmt: skip
