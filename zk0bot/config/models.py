@@ -1,12 +1,13 @@
 """Every setting, validated. Loading and precedence are in ``load.py``."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Statistics = Literal["pooled", "local"]
 StrategyName = Literal["fedavg", "fedprox", "fedavgm"]
 SchedulerType = Literal["constant", "cosine"]
+CameraName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]
 
 
 class Settings(BaseModel):
@@ -16,24 +17,27 @@ class Settings(BaseModel):
 
 
 class PolicyConfig(Settings):
-    """Which policy is trained. Sent to every node, so that all build the same one."""
+    """Which policy is trained. Sent to every node, so that all build the same one.
 
-    model_name: str = "tiny"
+    The upper bounds are far above any honest policy: what a server asks for must fit a node.
+    """
+
+    model_name: str = Field("tiny", min_length=1, max_length=1024)
     """``tiny`` (built offline), a hub id such as ``lerobot/smolvla_base``, or a local folder."""
-    model_revision: str = ""
+    model_revision: str = Field("", pattern=r"^$|^(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
     """Commit, tag or branch of a hub id; empty: its main branch."""
-    cameras: tuple[str, ...] = Field(("front",), min_length=1)
+    cameras: tuple[CameraName, ...] = Field(("front",), min_length=1, max_length=8)
     """Camera names the policy sees, in order; a node maps its own names onto these."""
-    image_size: int = Field(64, ge=16)
+    image_size: int = Field(64, ge=16, le=1024)
     """Side of the square images the policy works on, in pixels."""
-    state_dim: int = Field(6, ge=1)
+    state_dim: int = Field(6, ge=1, le=256)
     """Joints read: five in degrees and the gripper from 0 to 100 on an SO-101."""
-    action_dim: int = Field(6, ge=1)
-    chunk_size: int = Field(20, ge=1)
+    action_dim: int = Field(6, ge=1, le=256)
+    chunk_size: int = Field(20, ge=1, le=1000)
     """Actions predicted at once."""
-    n_action_steps: int = Field(10, ge=1)
+    n_action_steps: int = Field(10, ge=1, le=1000)
     """Actions executed before the policy is asked again."""
-    num_inference_steps: int = Field(10, ge=1)
+    num_inference_steps: int = Field(10, ge=1, le=1000)
     """Flow-matching steps per chunk at inference."""
     trained_part: Literal["expert", "all"] = "all"
     """``expert``: the action expert and projections. ``all``: vision and text layers too."""
@@ -157,6 +161,8 @@ class ClientConfig(Settings):
     """Revision pin of a hub dataset."""
     rename_cameras: dict[str, str] = Field(default_factory=dict)
     """This dataset's camera name to the policy's, where they differ."""
+    model_folders: tuple[str, ...] = ()
+    """Folders on this machine that a server may name as model-name; others only by hub id."""
     heldout_episodes: int = Field(10, ge=0)
     """Last episodes kept for evaluation; never trained on."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
