@@ -24,7 +24,7 @@ class PolicyConfig(Settings):
 
     model_name: str = Field("tiny", min_length=1, max_length=1024)
     """``tiny`` (built offline), a hub id such as ``lerobot/smolvla_base``, or a local folder."""
-    model_revision: str = Field("", pattern=r"^$|^(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
+    model_revision: str = Field("", max_length=128, pattern=r"^$|^[\w-]+([./][\w-]+)*$")
     """Commit, tag or branch of a hub id; empty: its main branch."""
     cameras: tuple[CameraName, ...] = Field(("front",), min_length=1, max_length=8)
     """Camera names the policy sees, in order; a node maps its own names onto these."""
