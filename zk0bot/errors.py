@@ -2,7 +2,8 @@
 
 Zk0Error                     1
 ├── ConfigError              2  a setting, flag or URI that cannot be used
-│   └── UnknownNameError     2  a name that does not exist; the nearest one is offered
+│   ├── UnknownNameError     2  a name that does not exist; the nearest one is offered
+│   └── JoinCodeError        2  a join code that cannot be read
 ├── DataError                1  a dataset that is damaged, missing or does not fit the policy
 ├── ModelError               1  weights or a policy folder that cannot be used
 │   ├── MemoryShortError     1  a policy that does not fit into the device's memory
@@ -15,6 +16,10 @@ Zk0Error                     1
 │   └── DeadlineError        1  a wait that ended without what it waited for
 ├── DiskError                1  a disk that is full or cannot be written to
 ├── UpdateError              1  an update the server refuses
+├── ObjectError              1  bytes of a message that are not what they should be
+├── TrustError               1  a peer, key or certificate that is not the one expected
+│   ├── KeyRefusedError      1  a request that is not signed by the key it names
+│   └── EnrolRefusedError    1  a node that may not join; conditions in trust/refusal.py
 └── TrainerError             1  the warm trainer failed; code and exit status of what failed there
 
 The number is the exit status. ``code`` is stable and part of the JSON promise.
@@ -60,6 +65,12 @@ class UnknownNameError(ConfigError):
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
         return cls(f"unknown {kind} {name!r}", hint=hint)
+
+
+class JoinCodeError(ConfigError):
+    """Never holds the code's text."""
+
+    code = "bad_join_code"
 
 
 class DataError(Zk0Error):
@@ -108,6 +119,22 @@ class DiskError(Zk0Error):
 
 class UpdateError(Zk0Error):
     code = "update_refused"
+
+
+class TrustError(Zk0Error):
+    code = "not_trusted"
+
+
+class KeyRefusedError(TrustError):
+    code = "key_refused"
+
+
+class EnrolRefusedError(TrustError):
+    code = "join_refused"
+
+
+class ObjectError(Zk0Error):
+    code = "bad_object"
 
 
 class TrainerError(Zk0Error):
