@@ -3,13 +3,39 @@
 One connection carries one request: a JSON line each way. Tensors do not pass the socket: they lie
 in safetensors files in the trainer's private folder, named in the message. This module imports no
 torch, so that the thin ClientApp and ServerApp stay light.
+
+What travels between server and node comes from a stranger. Its texts have a form and its numbers
+bounds, far above anything honest, so that an order cannot fill a node's memory and an answer
+cannot carry anything to the operator's terminal.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zk0bot.config.models import PolicyConfig, SchedulerType, Statistics
+
+MAX_DIMENSIONS = 256
+MAX_MAGNITUDE = 1e9
+"""Of a joint's position or action, whatever its unit."""
+MAX_FRAMES = 10**8
+MAX_STEPS = 10**6
+"""Of one order; a day of training at ten steps a second."""
+MAX_RUN_STEPS = 10**10
+MAX_BATCH = 1024
+MAX_SEED = 2**63 - 1
+
+Moment = Annotated[float, Field(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE, allow_inf_nan=False)]
+Moments = Annotated[list[Moment], Field(min_length=1, max_length=MAX_DIMENSIONS)]
+FeatureName = Annotated[str, Field(pattern=r"^[a-z][a-z_.]{0,63}$")]
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FilePath = Annotated[str, Field(max_length=4096)]
+Frames = Annotated[int, Field(ge=0, le=MAX_FRAMES)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH)]
+EvalBatches = Annotated[int, Field(ge=0, le=MAX_STEPS)]
 
 
 class Message(BaseModel):
@@ -21,22 +47,30 @@ class Message(BaseModel):
 class FeatureStatistics(Message):
     """Moments of one feature (``observation.state`` or ``action``), one number per dimension."""
 
-    count: int = Field(ge=1)
-    mean: list[float]
-    std: list[float]
+    count: int = Field(ge=1, le=MAX_RUN_STEPS)
+    mean: Moments
+    std: Moments
     """Population standard deviation."""
-    min: list[float]
-    max: list[float]
+    min: Moments
+    max: Moments
+
+    @model_validator(mode="after")
+    def _refuse_what_no_data_has(self) -> Self:
+        if len({len(self.mean), len(self.std), len(self.min), len(self.max)}) > 1:
+            raise ValueError("moments differ in length")
+        if min(self.std) < 0:
+            raise ValueError("a deviation is negative")
+        return self
 
 
-DatasetStatistics = dict[str, FeatureStatistics]
+DatasetStatistics = Annotated[dict[FeatureName, FeatureStatistics], Field(max_length=8)]
 
 
 class PolicySpec(Message):
     """Enough to build the same initial policy anywhere."""
 
     policy: PolicyConfig
-    seed: int = Field(ge=0)
+    seed: Seed
     """Seed of the initial weights, where there is no checkpoint to load."""
 
 
@@ -49,61 +83,61 @@ class DescribeRequest(Message):
 class NodeDescription(Message):
     """What a node says of itself before round 1. No name, path, dataset name or task text."""
 
-    dataset_id: str
+    dataset_id: Identifier
     """A random UUID kept beside the dataset's client folder; says nothing about the content."""
-    num_episodes: int
-    num_train_frames: int
-    num_heldout_frames: int
-    base_hash: str
+    num_episodes: Frames
+    num_train_frames: Frames
+    num_heldout_frames: Frames
+    base_hash: Sha256
     """SHA-256 over names, shapes and bytes of the tensors that are not trained, plus the names and
     shapes of those that are; equal on two nodes exactly if they can be averaged."""
     statistics: DatasetStatistics | None
     """Of the training episodes; None under the ``local`` policy, where nothing leaves."""
-    device: str
-    zk0bot_version: str
+    device: Identifier
+    zk0bot_version: Identifier
 
 
 class LearningRate(Message):
     """Learning rate as a function of the run's global step; the server decides, per round."""
 
     scheduler: SchedulerType
-    initial_lr: float = Field(gt=0)
-    eta_min: float = Field(ge=0)
-    warmup_steps: int = Field(ge=0)
-    first_step: int = Field(ge=0)
+    initial_lr: float = Field(gt=0, allow_inf_nan=False)
+    eta_min: float = Field(ge=0, allow_inf_nan=False)
+    warmup_steps: int = Field(ge=0, le=MAX_RUN_STEPS)
+    first_step: int = Field(ge=0, le=MAX_RUN_STEPS)
     """Global step of this round's first local step."""
-    total_steps: int = Field(ge=1)
+    total_steps: int = Field(ge=1, le=MAX_RUN_STEPS)
     """Global steps of the whole run."""
 
 
 class TrainRequest(Message):
     op: Literal["train"] = "train"
     spec: PolicySpec
-    base_hash: str
-    run_id: str
-    round: int = Field(ge=1)
-    weights_path: str
+    base_hash: Sha256
+    run_id: Identifier
+    round: int = Field(ge=1, le=MAX_STEPS)
+    weights_path: FilePath
     """The global trainable tensors (safetensors, float32)."""
     statistics: DatasetStatistics | None
     """Agreed ones; None: the node's own (``local`` policy)."""
-    local_steps: int = Field(ge=1)
+    local_steps: Steps
     """Optimizer steps; the server counts them, so that both sides mean the same number."""
-    batch_size: int = Field(ge=1)
+    batch_size: BatchSize
     learning_rate: LearningRate
-    proximal_mu: float = Field(ge=0)
-    seed: int = Field(ge=0)
+    proximal_mu: float = Field(ge=0, le=1e6)
+    seed: Seed
     """The batch order and flow noise are a pure function of (seed, round, local step)."""
     evaluate_first: bool = False
     """Also report the held-out loss of the received weights."""
-    eval_batches: int = Field(ge=0, default=0)
+    eval_batches: EvalBatches = 0
 
 
 class TrainResult(Message):
-    update_path: str
+    update_path: FilePath
     """Local weights minus the received ones, trainable tensors only (safetensors, float32)."""
-    num_samples: int
+    num_samples: int = Field(ge=0, le=MAX_STEPS * MAX_BATCH)
     """Samples seen: steps times batch size. The weight of this update."""
-    num_steps: int
+    num_steps: int = Field(ge=0, le=MAX_STEPS)
     loss: float
     """Mean over the local steps of policy_loss + fedprox_loss."""
     policy_loss: float
@@ -111,13 +145,13 @@ class TrainResult(Message):
     grad_norm: float
     """Mean norm before clipping."""
     param_update_norm: float
-    param_hash: str
+    param_hash: Sha256
     """SHA-256 of the update file, as it travels."""
     heldout_loss: float | None = None
-    heldout_examples: int = 0
+    heldout_examples: Frames = 0
     train_s: float
     """Wall seconds of the training loop alone."""
-    micro_batch_size: int
+    micro_batch_size: int = Field(ge=0, le=MAX_BATCH)
     """Below the batch size when memory was short."""
 
 
@@ -126,16 +160,16 @@ class EvaluateRequest(Message):
 
     op: Literal["evaluate"] = "evaluate"
     spec: PolicySpec
-    base_hash: str
-    run_id: str
-    weights_path: str
+    base_hash: Sha256
+    run_id: Identifier
+    weights_path: FilePath
     statistics: DatasetStatistics | None
-    eval_batches: int = Field(ge=0, default=0)
+    eval_batches: EvalBatches = 0
 
 
 class EvaluateResult(Message):
     loss: float
-    num_examples: int
+    num_examples: Frames
 
 
 class InitRequest(Message):
@@ -217,10 +251,10 @@ class TrainAloneRequest(Message):
 
     op: Literal["train-alone"] = "train-alone"
     spec: PolicySpec
-    steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
+    steps: Steps
+    batch_size: BatchSize
     learning_rate: LearningRate
-    seed: int = Field(ge=0)
+    seed: Seed
 
 
 class TrainAloneResult(Message):

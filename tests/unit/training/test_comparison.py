@@ -59,7 +59,7 @@ class Trainers:
         if isinstance(request, DescribeRequest):
             return NodeDescription(
                 dataset_id="1", num_episodes=70, num_train_frames=1,
-                num_heldout_frames=1, base_hash="b", statistics=STATISTICS[directory],
+                num_heldout_frames=1, base_hash="b" * 64, statistics=STATISTICS[directory],
                 device="cpu", zk0bot_version="0",
             )  # fmt: skip
         if isinstance(request, TrainAloneRequest):
