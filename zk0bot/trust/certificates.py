@@ -28,6 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from zk0bot.errors import ConfigError
 from zk0bot.files import private_dir, write_text
 from zk0bot.records import Record
+from zk0bot.trust.private import make_private_dir
 
 CA_CERT, CA_KEY = "ca.crt", "ca.key"
 SERVER_CERT, SERVER_KEY = "server.crt", "server.key"
@@ -97,7 +98,7 @@ def ensure_authority(tls_dir: Path, at: datetime | None = None) -> None:
 
     Raises ConfigError naming ``ca.key`` when it is there and cannot be read as a CA.
     """
-    private_dir(tls_dir)
+    make_private_dir(tls_dir)
     if (tls_dir / CA_KEY).exists():
         authority = _load_authority(tls_dir)
     else:
@@ -170,6 +171,20 @@ def read_own_certificate(cert: Path, key: Path, at: datetime | None = None) -> C
         begins = f"{certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
         raise ConfigError(f"{cert} is valid from {begins} only", hint="check this machine's clock")
     return info
+
+
+def read_own_authority(cert: Path) -> bytes | None:
+    """The root in the operator's own chain, which nodes are to pin: its last certificate.
+
+    None when that is not self-signed: then the certificates of the nodes' systems decide.
+    Raises ConfigError naming the file when it is unreadable.
+    """
+    last = _read_chain(cert)[-1]
+    try:
+        last.verify_directly_issued_by(last)
+    except (ValueError, TypeError, InvalidSignature):
+        return None
+    return _pem(last).encode("ascii")
 
 
 def describe_certificate(path: Path) -> CertificateInfo:
@@ -389,8 +404,12 @@ def _describe(certificate: x509.Certificate) -> CertificateInfo:
 
 
 def _read_certificate(path: Path) -> x509.Certificate:
+    return _read_chain(path)[0]
+
+
+def _read_chain(path: Path) -> list[x509.Certificate]:
     try:
-        return x509.load_pem_x509_certificates(path.read_bytes())[0]
+        return x509.load_pem_x509_certificates(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError:

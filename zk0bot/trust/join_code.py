@@ -60,23 +60,23 @@ class JoinCode:
         )
         return PREFIX + _to_text(body + _checksum(body))
 
+    @classmethod
+    def decode(cls, text: str) -> "JoinCode":
+        """The join code in ``text``; white space around it is ignored.
 
-def decode(text: str) -> JoinCode:
-    """The join code in ``text``; white space around it is ignored.
-
-    Raises JoinCodeError: not a join code, damaged, or of a newer zk0bot. The message never holds
-    any of ``text``.
-    """
-    body = _read_body(text.strip())
-    if body[0] != VERSION:
-        raise JoinCodeError(
-            f"this join code is of version {body[0]}; this zk0bot reads version {VERSION}",
-            hint="install the zk0bot version that runs on the server: zk0bot version",
-        )
-    try:
-        return _parse(body)
-    except (ValueError, IndexError):
-        raise _damaged() from None
+        Raises JoinCodeError: not a join code, damaged, or of a newer zk0bot. The message never
+        holds any of ``text``.
+        """
+        body = _read_body(text.strip())
+        if body[0] != VERSION:
+            raise JoinCodeError(
+                f"this join code is of version {body[0]}; this zk0bot reads version {VERSION}",
+                hint="install the zk0bot version that runs on the server: zk0bot version",
+            )
+        try:
+            return _parse(body)
+        except (ValueError, IndexError):
+            raise _damaged() from None
 
 
 def is_address(text: str) -> bool:

@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from zk0bot.errors import ConfigError, KeyRefusedError
-from zk0bot.files import private_dir, write_text
+from zk0bot.files import write_text
+from zk0bot.trust.private import make_private_dir
 
 PUBLIC_KEY_HEADER = "flwr-public-key"
 TIMESTAMP_HEADER = "flwr-timestamp"
@@ -65,7 +66,7 @@ def make_node_key(folder: Path) -> NodeKey:
 
     Raises ConfigError naming the file when there is one that cannot be used.
     """
-    path = private_dir(folder) / KEY_NAME
+    path = make_private_dir(folder) / KEY_NAME
     if not path.exists():
         text = ec.generate_private_key(ec.SECP384R1()).private_bytes(
             serialization.Encoding.PEM,

@@ -8,6 +8,15 @@ from pathlib import Path
 from zk0bot.errors import ConfigError
 
 
+def make_private_dir(path: Path) -> Path:
+    """Create ``path`` (0700) if needed and return it.
+
+    The mode of one that is there stays, for ``refuse_exposed`` to find: what it held may be known.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
 def refuse_exposed(*paths: Path) -> None:
     """Raise ConfigError for the first of ``paths`` that another account could read or replace.
 
