@@ -51,6 +51,7 @@ COMMANDS = {
     "runs": CommandEntry("zk0bot.cli.runs", "List the runs of this server."),
     "status": CommandEntry("zk0bot.cli.status", "Show what runs on this machine."),
     "stop": CommandEntry("zk0bot.cli.stop", "Stop the run under way."),
+    "audit": CommandEntry("zk0bot.cli.audit", "Look at and check the logs of who did what."),
     "version": CommandEntry("zk0bot.cli.version", "Show the versions in use."),
 }
 
