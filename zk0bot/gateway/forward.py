@@ -1,13 +1,14 @@
 """One HTTP hop: pass a request on and stream the answer back, holding neither in memory."""
 
 import logging
-from collections.abc import AsyncIterator, Callable
+import ssl
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import FrameType
 
 import httpx
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 logger = logging.getLogger(__name__)
@@ -27,12 +28,12 @@ FLEET_OPERATIONS = frozenset(
         "pull-object",
         "push-messages",
         "push-object",
-        "register-node",
         "send-node-heartbeat",
-        "unregister-node",
     }
 )
-"""Everything that a SuperNode asks of a SuperLink (flwr.supernode.fleet_http_client, 1.41.0)."""
+"""What a SuperNode with a key asks of a SuperLink (flwr.supernode.fleet_http_client, 1.41.0)."""
+IDLE_S = 60.0
+"""An idle connection to the next hop is kept so long; every server of ours keeps it longer."""
 LONG_POLL_S = 10.0
 """How long an empty ``pull-messages`` is held; SuperNodes give up a request after 30 s."""
 
@@ -43,15 +44,20 @@ def passed_on(headers: httpx.Headers | Request) -> list[tuple[str, str]]:
     return [(name, value) for name, value in items if name.lower() not in HOP_BY_HOP]
 
 
-async def forward(client: httpx.AsyncClient, request: Request) -> Response:
+async def forward(
+    client: httpx.AsyncClient,
+    request: Request,
+    headers: Sequence[tuple[str, str]] | None = None,
+) -> Response:
     """Send ``request`` to the same path upstream and stream the answer; 502 if unreachable.
 
-    Any server error becomes 502: a SuperNode tries again after that one and gives up at others.
+    ``headers`` go instead of those that came. Any server error becomes 502: a SuperNode tries again
+    after that one and gives up at others.
     """
     upstream = client.build_request(
         request.method,
         request.url.path,
-        headers=passed_on(request),
+        headers=passed_on(request) if headers is None else list(headers),
         content=request.stream(),
     )
     try:
@@ -59,6 +65,8 @@ async def forward(client: httpx.AsyncClient, request: Request) -> Response:
     except httpx.TransportError as error:
         logger.warning("%s: %s", request.url.path, error or type(error).__name__)
         return Response(status_code=502)
+    except ClientDisconnect:
+        return Response(status_code=400)  # nobody reads it
     if answer.status_code >= 500:
         await answer.aclose()
         return Response(status_code=502)
@@ -67,13 +75,22 @@ async def forward(client: httpx.AsyncClient, request: Request) -> Response:
     )
 
 
-async def forward_bytes(client: httpx.AsyncClient, request: Request, body: bytes) -> httpx.Response:
+async def forward_bytes(
+    client: httpx.AsyncClient,
+    request: Request,
+    body: bytes,
+    headers: Sequence[tuple[str, str]] | None = None,
+) -> httpx.Response:
     """Send a small request whose body is at hand and read the whole answer.
 
-    Raises httpx.TransportError when the next hop cannot be reached.
+    ``headers`` go instead of those that came. Raises httpx.TransportError when the next hop cannot
+    be reached.
     """
     return await client.request(
-        request.method, request.url.path, headers=passed_on(request), content=body
+        request.method,
+        request.url.path,
+        headers=passed_on(request) if headers is None else list(headers),
+        content=body,
     )
 
 
@@ -88,9 +105,17 @@ def answer_with(response: httpx.Response) -> Response:
     )
 
 
-def build_client(base_url: str) -> httpx.AsyncClient:
-    """A pooled client without proxies from the environment: hops are explicit."""
-    return httpx.AsyncClient(base_url=base_url, timeout=120.0, trust_env=False)
+def build_client(base_url: str, tls: ssl.SSLContext | None = None) -> httpx.AsyncClient:
+    """A pooled client without proxies from the environment: hops are explicit.
+
+    ``tls`` says whom an https hop must be; without it, by the certificates of the system.
+    """
+    limits = httpx.Limits(
+        max_connections=256, max_keepalive_connections=128, keepalive_expiry=IDLE_S
+    )
+    return httpx.AsyncClient(
+        base_url=base_url, timeout=120.0, trust_env=False, limits=limits, verify=tls or True
+    )
 
 
 class _Server(uvicorn.Server):
