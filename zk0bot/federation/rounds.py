@@ -136,6 +136,13 @@ class Federation:
         chosen = self._choose(round_)
         collector = self._collector
         replies = collector.train(round_, chosen, self.weights, statistics)
+        self.log.close_round(
+            round_,
+            asked=len(chosen),
+            accepted=len(replies.accepted),
+            needed=self.config.min_fit_clients,
+            refused=collector.failure_lines(replies),
+        )
         self._require_quorum(round_, chosen, replies)
         self.log.enter("aggregating")
         accepted = collector.in_order(replies)

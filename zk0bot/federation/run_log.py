@@ -2,15 +2,19 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
-from zk0bot.config.paths import Paths
+from zk0bot.config.paths import Paths, audit_dir
 from zk0bot.errors import DataError, RunError
 from zk0bot.files import read_record, write_json
 from zk0bot.records import NodeProgress, RunRecord, Verdict, now
+from zk0bot.trust.audit import AuditLog
 
 logger = logging.getLogger(__name__)
 WRITE_EVERY_S = 0.25
+_ACTOR = "server"
+"""Who closes rounds and runs, in the audit log."""
 
 
 class RunStopped(RunError):
@@ -20,10 +24,14 @@ class RunStopped(RunError):
 
 
 class RunLog:
-    """Keeps ``run.json`` true: every change is on disk within a quarter of a second."""
+    """Keeps ``run.json`` true: every change is on disk within a quarter of a second.
+
+    What becomes of rounds and of the run goes to the server's audit log, too.
+    """
 
     def __init__(self, paths: Paths, run_id: str) -> None:
         self._paths = paths
+        self._audit = AuditLog(audit_dir(paths.server_dir))
         self.record = read_record(paths.run_record(run_id), RunRecord)
         self._written_at = 0.0
         self._is_unwritten = False
@@ -43,10 +51,31 @@ class RunLog:
         logger.info("%s", phase)
         self.update(at_once=True, phase=phase, **changes)
 
+    def close_round(
+        self, round_: int, *, asked: int, accepted: int, needed: int, refused: Sequence[str]
+    ) -> None:
+        """Audit what came of a round, before it counts; ``refused`` are names with reasons.
+
+        Raises DiskError.
+        """
+        self._audit.append(
+            "round-closed",
+            _ACTOR,
+            run=self.record.run_id,
+            round=round_,
+            state="accepted" if accepted >= needed else "too few",
+            accepted=accepted,
+            asked=asked,
+            refused="; ".join(refused),
+        )
+
     def finish(self, verdict: Verdict) -> None:
         """Write the verdict, unless somebody has closed the record already."""
         reason = verdict.reasons[0] if verdict.reasons else ""
         logger.info("%s %s", verdict.state, reason)
+        if not self._is_closed():
+            run_id = self.record.run_id
+            self._audit.note("run-ended", _ACTOR, run=run_id, state=verdict.state, reason=reason)
         self.update(
             at_once=True, state=verdict.state, reason=reason, verdict=verdict, phase="", eta_s=None
         )
@@ -80,11 +109,14 @@ class RunLog:
         """Whether somebody asked this run to end."""
         return self._paths.stop_request(self.record.run_id).exists()
 
+    def _is_closed(self) -> bool:
+        """Whether the run was closed from outside: stopped by force, or given up as lost."""
+        return read_record(self._paths.run_record(self.record.run_id), RunRecord).is_final
+
     def _write(self) -> None:
-        path = self._paths.run_record(self.record.run_id)
-        if read_record(path, RunRecord).is_final:
-            return  # closed from outside: stopped by force, or given up as lost
-        write_json(path, self.record)
+        if self._is_closed():
+            return
+        write_json(self._paths.run_record(self.record.run_id), self.record)
         self._written_at = time.monotonic()
         self._is_unwritten = False
 

@@ -3,17 +3,20 @@
 import logging
 from dataclasses import dataclass, field
 
-from zk0bot.config.paths import Paths
+from zk0bot.config.paths import Paths, audit_dir
 from zk0bot.errors import UnknownNameError
 from zk0bot.files import read_record, write_json
 from zk0bot.ops.process import command_of, find_started
 from zk0bot.records import Record, RunRecord, RunState, Verdict, now
+from zk0bot.trust.audit import AuditLog
 
 logger = logging.getLogger(__name__)
 
 _GRACE_S = 20.0
 """A run without a ServerApp for this long is given up; one takes a few seconds to start."""
 _LOOK_S = 5.0
+_ACTOR = "server"
+"""Who closes runs, in the audit log."""
 
 
 class RunList(Record):
@@ -73,6 +76,8 @@ def close_run(paths: Paths, run_id: str, state: RunState, reason: str) -> RunRec
             "verdict": Verdict(state=state, reasons=[reason]),
         }
     )
+    log = AuditLog(audit_dir(paths.server_dir))
+    log.note("run-ended", _ACTOR, run=run_id, state=state, reason=reason)
     save_run(paths, closed)
     return closed
 

@@ -124,6 +124,18 @@ class AuditLog:
                 hint="free some space (df -h): what cannot be logged is not done",
             ) from error
 
+    def note(self, event: str, actor: str, /, **details: Value) -> bool:
+        """Like ``append`` for what goes on in any case: an end, a refusal, a revocation.
+
+        Whether it was written; an event that was not is in the service's own log.
+        """
+        try:
+            self.append(event, actor, **details)
+        except DiskError as error:
+            logger.error("%s; not logged: %s by %s %s", error.message, event, actor, details)
+            return False
+        return True
+
     def _append(self, event: str, actor: str, details: dict[str, Value]) -> None:
         key, notes = self._open_key()
         after, more = self._find_end(key)
@@ -291,7 +303,7 @@ class RefusalLog:
             elif len(self._repeats) >= self._max_pairs:
                 self._others += 1
             else:
-                is_written = self._append(*pair, **details)
+                is_written = self._note(*pair, **details)
                 self._repeats[pair] = 0 if is_written else 1
 
     def flush(self) -> None:
@@ -319,18 +331,13 @@ class RefusalLog:
         left: dict[tuple[str, str], int] = {}
         for (peer, reason), count in self._repeats.items():
             if count:
-                left[peer, reason] = 0 if self._append(peer, reason, repeats=count) else count
+                left[peer, reason] = 0 if self._note(peer, reason, repeats=count) else count
         self._repeats = left
-        if self._others and self._append("others", "many peers or reasons", repeats=self._others):
+        if self._others and self._note("others", "many peers or reasons", repeats=self._others):
             self._others = 0
 
-    def _append(self, peer: str, reason: str, /, **details: Value) -> bool:
-        try:
-            self._log.append(self._event, peer, **{"reason": reason, **details})
-        except DiskError as error:
-            logger.error("%s; refused %s: %s", error.message, peer, reason)
-            return False
-        return True
+    def _note(self, peer: str, reason: str, /, **details: Value) -> bool:
+        return self._log.note(self._event, peer, **{"reason": reason, **details})
 
 
 def verify(folder: Path, expected: Mark | None = None) -> AuditReport:
