@@ -15,7 +15,9 @@ def describe(
     with_statistics: bool = True,
 ) -> NodeDescription:
     """A node that would be admitted, unless told otherwise."""
-    moments = FeatureStatistics(count=frames or 1, mean=[0.0], std=[1.0], min=[-1.0], max=[1.0])
+    moments = FeatureStatistics(
+        count=frames or 1, mean=[0.0] * 6, std=[1.0] * 6, min=[-1.0] * 6, max=[1.0] * 6
+    )
     statistics = {"observation.state": moments, "action": moments} if with_statistics else None
     return NodeDescription(
         dataset_id=f"{name}-0000-0000",

@@ -18,7 +18,8 @@ from zk0bot.errors import UpdateError
 from zk0bot.federation.member import Member
 from zk0bot.federation.messages import unpack
 from zk0bot.federation.transport import Courier
-from zk0bot.training.protocol import DescribeRequest, NodeDescription, PolicySpec
+from zk0bot.training.protocol import DatasetStatistics, DescribeRequest, NodeDescription, PolicySpec
+from zk0bot.training.statistics import ACTION, STATE
 from zk0bot.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -136,4 +137,16 @@ class Cohort:
             return "sent no statistics, which this run pools"
         if self.config.statistics == "local" and description.statistics is not None:
             return "sent statistics, which this run leaves at home"
+        if description.statistics is None:
+            return ""
+        return self._doubt(description.statistics, description.num_train_frames)
+
+    def _doubt(self, found: DatasetStatistics, num_frames: int) -> str:
+        """Why these statistics cannot be those of so many training frames; empty: they can."""
+        policy = self.spec.policy
+        widths = {STATE: policy.state_dim, ACTION: policy.action_dim}
+        if {name: len(moments.mean) for name, moments in found.items()} != widths:
+            return "sent statistics of other features than the policy has"
+        if any(moments.count != num_frames for moments in found.values()):
+            return "sent statistics of other frames than it trains on"
         return ""

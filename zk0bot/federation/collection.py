@@ -1,7 +1,6 @@
 """Orders to the nodes of one round, and their replies: sent, awaited, gated, kept, folded."""
 
 import logging
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from zk0bot.errors import UpdateError
 from zk0bot.federation.aggregation import RunningMean
 from zk0bot.federation.codec import Shapes, Tensors, decode, encode, norm, shapes_of
 from zk0bot.federation.cohort import Cohort
-from zk0bot.federation.gate import check_update
+from zk0bot.federation.gate import check_evaluation, check_update
 from zk0bot.federation.messages import unpack, unpack_blob
 from zk0bot.federation.output import AcceptedUpdate, OutputTree
 from zk0bot.federation.referee import Referee
@@ -25,6 +24,7 @@ from zk0bot.training.protocol import (
     DatasetStatistics,
     EvaluateRequest,
     EvaluateResult,
+    NodeDescription,
     TrainRequest,
     TrainResult,
 )
@@ -175,17 +175,19 @@ class Collector:
         if reply.content is None:
             self._fail(reply.node_id, reply.failure, replies)
             return
+        member = self.cohort.members[reply.node_id]
         try:
             result = unpack(reply.content, TrainResult)
             blob = unpack_blob(reply.content)
             update = check_update(blob, result, request, shapes)
+            check_evaluation(result.heldout_loss, result.heldout_examples, member.description)
         except UpdateError as error:
             self._fail(reply.node_id, f"update refused: {error.message}", replies)
             return
         with replacing(self._update_file(reply.node_id)) as temporary:
             temporary.write_bytes(blob)
         replies.accepted[reply.node_id] = AcceptedUpdate(
-            member=self.cohort.members[reply.node_id], result=result, update_norm=norm(update)
+            member=member, result=result, update_norm=norm(update)
         )
         self.log.set_client(
             reply.node_id,
@@ -206,11 +208,11 @@ class Collector:
             self.log.check_stop()
             for reply in self.courier.poll(sorted(asked)):
                 asked.discard(reply.node_id)
-                name = self.cohort.members[reply.node_id].name
+                member = self.cohort.members[reply.node_id]
                 try:
-                    results[name] = _read_evaluation(reply)
+                    results[member.name] = _read_evaluation(reply, member.description)
                 except UpdateError as error:
-                    logger.warning("%s did not evaluate: %s", name, error.message)
+                    logger.warning("%s did not evaluate: %s", member.name, error.message)
             self._count_bytes()
             self.sleep(POLL_S)
         return results
@@ -239,11 +241,10 @@ class Collector:
         return self.scratch / f"{node_id}.safetensors"
 
 
-def _read_evaluation(reply: Reply) -> EvaluateResult:
-    """Raises UpdateError when the node did not measure a finite loss."""
+def _read_evaluation(reply: Reply, node: NodeDescription) -> EvaluateResult:
+    """Raises UpdateError when the node did not measure a finite loss on frames that it has."""
     if reply.content is None:
         raise UpdateError(reply.failure)
     result = unpack(reply.content, EvaluateResult)
-    if not math.isfinite(result.loss) or result.num_examples < 1:
-        raise UpdateError(f"loss {result.loss} over {result.num_examples} examples")
+    check_evaluation(result.loss, result.num_examples, node)
     return result

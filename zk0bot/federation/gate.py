@@ -1,11 +1,13 @@
 """What an update must satisfy before it is folded in."""
 
 import hashlib
-import math
 
 from zk0bot.errors import UpdateError
-from zk0bot.federation.codec import Shapes, Tensors, decode_like
-from zk0bot.training.protocol import TrainRequest, TrainResult
+from zk0bot.federation.codec import Shapes, Tensors, decode_like, norm
+from zk0bot.training.protocol import NodeDescription, TrainRequest, TrainResult
+
+MAX_FIGURE = 1e12
+"""Of a loss, norm or duration that a node reports, and of an update: means stay finite."""
 
 
 def check_update(
@@ -13,17 +15,41 @@ def check_update(
 ) -> Tensors:
     """The update in ``blob``, checked.
 
-    Raises UpdateError with the reason: tensors other than the policy's, NaN or Inf, another hash
-    than the node declared, a sample count that the request does not explain, a loss that is no
-    number.
+    Raises UpdateError with the reason: tensors other than the policy's, NaN, Inf or huge
+    values, another hash than the node declared, a sample count that the request does not explain,
+    a loss or another figure that is no number.
     """
     if hashlib.sha256(blob).hexdigest() != result.param_hash:
         raise UpdateError("the tensors do not match the hash that the node declared")
     update = decode_like(blob, shapes)
-    if not math.isfinite(result.loss):
-        raise UpdateError(f"training loss is {result.loss}")
+    if (size := norm(update)) > MAX_FIGURE:
+        raise UpdateError(f"the update has norm {size:.3g}")
+    _check_figures(result)
     if result.num_steps != request.local_steps:
         raise UpdateError(f"{result.num_steps} local steps, {request.local_steps} were asked for")
     if not 0 < result.num_samples <= result.num_steps * request.batch_size:
         raise UpdateError(f"{result.num_samples} samples in {result.num_steps} steps")
     return update
+
+
+def check_evaluation(loss: float | None, num_examples: int, node: NodeDescription) -> None:
+    """Raise UpdateError for a held-out loss that is no number or over frames that are not there.
+
+    None is a loss that was not measured.
+    """
+    if loss is None:
+        return
+    if not 0 <= loss <= MAX_FIGURE or not 1 <= num_examples <= node.num_heldout_frames:
+        raise UpdateError(
+            f"loss {loss} over {num_examples} of {node.num_heldout_frames} held-out frames"
+        )
+
+
+def _check_figures(result: TrainResult) -> None:
+    figures = (
+        "loss", "policy_loss", "fedprox_loss", "grad_norm", "param_update_norm", "train_s",
+    )  # fmt: skip
+    for name in figures:
+        value = getattr(result, name)
+        if not 0 <= value <= MAX_FIGURE:  # false for NaN
+            raise UpdateError(f"{name} is {value}")

@@ -2,9 +2,15 @@
 
 A message holds a ``body`` (one JSON text and a deadline) and, where tensors travel, ``tensors``
 (one array: a safetensors blob). A node that cannot do what it is asked answers with ``failure``.
+
+Both ends take what comes as a stranger's: of bounded length, and no text of it reaches a terminal
+or a log unless it is short and printable.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import ValidationError
@@ -17,6 +23,11 @@ TENSORS = "tensors"
 FAILURE = "failure"
 BLOB = "blob"
 BLOB_TYPE = "zk0bot.safetensors"
+MAX_BODY = 2**20
+"""Characters of a body; an honest one holds a few statistics, some kilobytes."""
+MAX_DEADLINE_S = 7 * 86400.0
+MAX_QUOTE = 200
+"""Characters of a stranger's text that are repeated to the operator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +55,17 @@ def pack_failure(code: str, sentence: str) -> RecordDict:
 
 
 def unpack[M: Message](content: RecordDict, kind: type[M]) -> M:
-    """The body as ``kind``; UpdateError when it is missing or does not fit."""
+    """The body as ``kind``; UpdateError when it is missing, too long or does not fit."""
     if BODY not in content.config_records:
         raise UpdateError("message without a body")
+    text = content.config_records[BODY].get("json", "")
+    if not isinstance(text, str) or len(text) > MAX_BODY:
+        raise UpdateError(f"the body is no text of at most {MAX_BODY} characters")
     try:
-        return kind.model_validate_json(str(content.config_records[BODY].get("json", "")))
+        return kind.model_validate_json(text)
     except ValidationError as error:
-        raise UpdateError(f"message is not a {kind.__name__}: {error}") from error
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        raise UpdateError(f"message is not a {kind.__name__}: {_explain(first)}") from None
 
 
 def unpack_failure(content: RecordDict) -> Failed | None:
@@ -58,7 +73,9 @@ def unpack_failure(content: RecordDict) -> Failed | None:
     if FAILURE not in content.config_records:
         return None
     record = content.config_records[FAILURE]
-    return Failed(code=str(record.get("code", "")), sentence=str(record.get("sentence", "")))
+    return Failed(
+        code=quote(str(record.get("code", ""))), sentence=quote(str(record.get("sentence", "")))
+    )
 
 
 def unpack_blob(content: RecordDict) -> bytes:
@@ -79,6 +96,19 @@ def blob_size(content: RecordDict) -> int:
 
 
 def deadline_of(content: RecordDict) -> float:
-    """Seconds the sender waits for the answer."""
+    """Seconds the sender waits for the answer: 0 where it names none, a week at most."""
     value = content.config_records[BODY].get("deadline_s", 0.0)
-    return float(value) if isinstance(value, int | float) else 0.0
+    if not isinstance(value, int | float) or math.isnan(value):
+        return 0.0
+    return float(min(max(value, 0.0), MAX_DEADLINE_S))
+
+
+def quote(text: str) -> str:
+    """A stranger's text, cut short and without anything that a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in text[:MAX_QUOTE])
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    """Where a body is wrong and why, without the value found there."""
+    place = ".".join(str(part) for part in error["loc"])
+    return quote(f"{place}: {error['msg']}" if place else str(error["msg"]))

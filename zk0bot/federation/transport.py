@@ -15,7 +15,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from zk0bot.config.paths import orders_flag, reply_flag
 from zk0bot.federation.background import start_thread
-from zk0bot.federation.messages import blob_size, pack, unpack_failure
+from zk0bot.federation.messages import blob_size, pack, quote, unpack_failure
 from zk0bot.files import Flag
 from zk0bot.training.protocol import Message
 
@@ -153,7 +153,7 @@ class Courier:
     def _read(self, node_id: int, message: FlowerMessage) -> Reply:
         if message.has_error():
             words = FLOWER_FAILURES.get(message.error.code, f"Flower error {message.error.code}")
-            logger.warning("node %s: %s: %s", node_id, words, message.error.reason)
+            logger.warning("node %s: %s: %s", node_id, words, quote(message.error.reason or ""))
             return Reply(node_id=node_id, content=None, failure=words)
         if failed := unpack_failure(message.content):
             return Reply(node_id=node_id, content=None, failure=failed.sentence)

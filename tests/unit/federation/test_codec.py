@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from zk0bot.errors import UpdateError
-from zk0bot.federation.codec import decode, decode_like, encode, norm, shapes_of
+from zk0bot.federation.codec import MAX_HEADER, decode, decode_like, encode, norm, shapes_of
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 tensors = st.dictionaries(
@@ -59,6 +59,26 @@ def test_an_update_that_does_not_fit_names_the_tensor(
 ) -> None:
     with pytest.raises(UpdateError, match=words.replace("(", r"\(").replace(")", r"\)")):
         decode_like(encode(update), {"a": (2,), "b": (1,)})
+
+
+def test_what_claims_a_huge_header_is_not_parsed() -> None:
+    for length in (2**63, MAX_HEADER + 1, 3):
+        with pytest.raises(UpdateError, match="a header of"):
+            decode(length.to_bytes(8, "little") + b"{}")
+
+
+def test_what_is_longer_than_the_policy_is_not_parsed() -> None:
+    shapes = {"a": (2,)}
+    padded = b" " * (MAX_HEADER + 17)
+    with pytest.raises(UpdateError, match="at most are expected"):
+        decode_like(padded, shapes)
+
+
+def test_a_strangers_text_is_told_without_its_escapes() -> None:
+    evil = {"\x1b[2J" * 99: np.zeros(1, np.float32)}
+    with pytest.raises(UpdateError) as caught:
+        decode_like(encode(evil), {})
+    assert "\x1b" not in caught.value.message and len(caught.value.message) < 400
 
 
 def test_norm_is_over_all_tensors() -> None:

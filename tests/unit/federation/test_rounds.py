@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from fake_grid import FakeGrid, Node
 from federation_values import BASE_HASH, describe
-from flwr.app import Error, RecordDict
+from flwr.app import ConfigRecord, Error, RecordDict
 
 from zk0bot.config.models import RunConfig
 from zk0bot.config.paths import Paths
@@ -32,6 +33,8 @@ from zk0bot.training.protocol import (
     DatasetLoss,
     DescribeRequest,
     EvaluateResult,
+    FeatureStatistics,
+    Message,
     NodeDescription,
     PolicySpec,
     TrainRequest,
@@ -111,6 +114,14 @@ def train_result(request: TrainRequest, blob: bytes, samples: int) -> TrainResul
         train_s=0.1,
         micro_batch_size=request.batch_size,
     )
+
+
+def _wider(description: NodeDescription) -> NodeDescription:
+    """Statistics of seven joints where the policy has six."""
+    parts = {name: [1.0] * 7 for name in ("mean", "std", "min", "max")}
+    moments = FeatureStatistics(count=100, **parts)
+    found = {"observation.state": moments, "action": moments}
+    return description.model_copy(update={"statistics": found})
 
 
 ENROLLED = {1: "red", 2: "green", 3: "blue"}
@@ -206,8 +217,18 @@ def test_a_slower_node_is_late_and_the_round_goes_on(tmp_path: Path) -> None:
         (lambda result, blob: pack(_changed(result, num_samples=0), blob=blob), "0 samples"),
         (lambda result, blob: _resigned(result, {"w": np.array([np.nan, 1], np.float32)}), "NaN"),
         (lambda result, blob: _resigned(result, {"w": np.zeros(3, np.float32)}), "shape"),
+        (lambda result, blob: _resigned(result, {"w": np.full(2, 3e38, np.float32)}), "norm"),
+        (lambda result, blob: pack(_changed(result, grad_norm=1e300), blob=blob), "grad_norm is"),
+        (lambda result, blob: pack(_changed(result, policy_loss=-1.0), blob=blob), "policy_loss"),
+        (lambda result, blob: pack(_changed(result, heldout_examples=10**6), blob=blob),
+         "of 10 held-out frames"),
+        (lambda result, blob: _unread('{"loss": NaN}', blob), "Field required"),
+        (lambda result, blob: _unread(_with_odd_key(result), blob), "[2Jx: Extra inputs"),
+        (lambda result, blob: _unread("[" * 10**5, blob), "recursion limit"),
+        (lambda result, blob: _unread(" " * 2**21, blob), "no text of at most"),
         (lambda result, blob: pack(result), "without tensors"),
         (lambda result, blob: pack_failure("out_of_memory", "no memory"), "no memory"),
+        (lambda result, blob: pack_failure("x", "\x1b]0;owned\x07" * 999), "?]0;owned?"),
         (lambda result, blob: RecordDict(), "without a body"),
         (lambda result, blob: Error(2, "boom /home/me"), "ClientApp raised"),
     ],
@@ -223,11 +244,22 @@ def test_a_bad_update_never_reaches_the_model(tmp_path: Path, change: Change, wo
     np.testing.assert_allclose(run.weights["w"], START["w"] + 1)
     (line,) = run.outcomes[0].failures
     assert line.startswith("blue: ") and words in line and "/home/me" not in line
+    assert line.isprintable() and len(line) < 500
     assert read_json(tmp_path / "server/runs/r1/run.json")["clients"][2]["phase"] == "failed"
 
 
 def _changed(result: TrainResult, **changes: object) -> TrainResult:
     return result.model_copy(update=changes)
+
+
+def _with_odd_key(result: TrainResult) -> str:
+    return json.dumps({**result.model_dump(), "\x1b[2Jx": 1})
+
+
+def _unread(body: str, blob: bytes) -> RecordDict:
+    content = pack(Message(), blob=blob)
+    content["body"] = ConfigRecord({"json": body, "deadline_s": 0.0})
+    return content
 
 
 def _resigned(result: TrainResult, update: Tensors) -> RecordDict:
@@ -252,6 +284,9 @@ def test_a_round_below_quorum_fails_with_the_reasons(tmp_path: Path) -> None:
         (describe("green", version="0.0.1"), "runs zk0bot 0.0.1"),
         (describe("green", with_statistics=False), "sent no statistics"),
         (describe("green", frames=0), "no training frames"),
+        (describe("green").model_copy(update={"num_train_frames": 99}), "of other frames"),
+        (describe("green").model_copy(update={"statistics": {}}), "of other features"),
+        (_wider(describe("green")), "of other features"),
     ],
 )
 def test_a_node_that_does_not_fit_is_refused_by_name(
