@@ -110,6 +110,11 @@ def load_client_dir() -> Path:
         ) from None
 
 
+def find_client_dir() -> Path | None:
+    """``load_client_dir``, or None in a process of the server."""
+    return load_client_dir() if "ZK0BOT_CLIENT_DIR" in os.environ else None
+
+
 def inherited_environment() -> dict[str, str]:
     """The variables of this process that started processes get as well; without secrets."""
     return {name: os.environ[name] for name in _INHERITED if name in os.environ}

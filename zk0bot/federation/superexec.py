@@ -1,30 +1,36 @@
-"""Flower's SuperExec, with ClientApps forked from it instead of started anew.
+"""Flower's SuperExec, with ClientApps and ServerApps forked from it instead of started anew.
 
-A SuperExec starts a process for every message. Started from nothing, each spends 1.6 CPU-seconds
-on imports; forked from a process that has them, a few milliseconds. Neither holds torch or CUDA,
-which must not be forked. Same flags as ``flower-superexec``; flwr is pinned exactly.
+A SuperExec starts a process for every message, with its token in the argv, which every account of
+the machine can read. A forked one has it in memory only, and spares 1.6 CPU-seconds of imports.
+None holds torch or CUDA, which must not be forked. Same flags as ``flower-superexec``; flwr is
+pinned exactly. A client's has ``ZK0BOT_CLIENT_DIR``, the server's has not.
 """
 
 import gc
+import importlib
 import logging
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from queue import Queue
 from typing import NoReturn
 
 from flwr.supercore.cli.flower_superexec import flower_superexec
 from flwr.supercore.constant import TaskType
+from flwr.supercore.exit import exit_handler
+from flwr.supercore.logger import mirror_output_to_queue
 from flwr.supercore.superexec import run_superexec as superexec_loop
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
+from flwr.superlink.runtime.run_serverapp import run_serverapp
 from flwr.supernode.runtime.run_clientapp import run_clientapp
 
-from zk0bot.config.load import load_client_dir
+from zk0bot.config.load import find_client_dir
 from zk0bot.config.paths import order_flag
-from zk0bot.federation import client_app
 from zk0bot.federation.pace import hasten_pulls
 from zk0bot.files import Flag
 
@@ -32,23 +38,26 @@ logger = logging.getLogger(__name__)
 FLAG_POLL_S = 0.02
 EAGER_S = 3.0
 EAGER_NAP_S = 0.05
-PRELOADED = client_app.app
-"""Imported here so that every fork has it."""
+
+Run = Callable[[ExecutionSpec], None]
+"""What Flower's program for one kind of task does, given where and with which token."""
 
 
 class ForkingExecutor(SubprocessExecutor):
-    """Forks for ClientApps; anything else starts as Flower starts it."""
+    """Forks for the kinds of task that it knows; no other runs here."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Mapping[TaskType, Run]) -> None:
+        self._kinds = kinds
         self._children: set[int] = set()
 
     def launch(self, spec: ExecutionSpec) -> LaunchResult:
-        """Run the ClientApp of ``spec`` in a child of this process."""
-        if spec.task_type != TaskType.CLIENT_APP:
-            return super().launch(spec)
+        """Run the app of ``spec`` in a child of this process."""
+        run = self._kinds.get(spec.task_type)
+        if run is None:
+            return LaunchResult.failed(f"{spec.task_type} does not run here")
         pid = os.fork()
         if pid == 0:
-            _become_clientapp(spec)
+            _become(run, spec)
         self._children.add(pid)
         return LaunchResult.accepted()
 
@@ -59,7 +68,7 @@ class ForkingExecutor(SubprocessExecutor):
             if ended:
                 self._children.discard(pid)
                 if code := os.waitstatus_to_exitcode(status):
-                    logger.warning("ClientApp process %d ended with status %d", pid, code)
+                    logger.warning("app process %d ended with status %d", pid, code)
 
 
 class TaskWait:
@@ -85,21 +94,14 @@ class TaskWait:
             time.sleep(FLAG_POLL_S)
 
 
-def _become_clientapp(spec: ExecutionSpec) -> NoReturn:
-    """What ``flwr-clientapp`` does, in this process; it ends without the parent's clean-up."""
+def _become(run: Run, spec: ExecutionSpec) -> NoReturn:
+    """Do what Flower's program does, in this process; it ends without the parent's clean-up."""
     code = 1
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
-        certificates = spec.root_certificates_path
-        run_clientapp(
-            runtime_api_address=spec.runtime_api_address,
-            token=spec.token,
-            insecure=spec.insecure,
-            certificates=Path(certificates).read_bytes() if certificates else None,
-            parent_pid=os.getppid(),
-            runtime_dependency_install=False,
-        )
+        exit_handler.registered_exit_handlers.clear()  # the SuperExec's own
+        run(spec)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -111,13 +113,54 @@ def _become_clientapp(spec: ExecutionSpec) -> NoReturn:
         os._exit(code)
 
 
+def _run_clientapp(spec: ExecutionSpec) -> None:
+    """What ``flwr-clientapp`` does."""
+    run_clientapp(
+        runtime_api_address=spec.runtime_api_address,
+        token=spec.token,
+        insecure=spec.insecure,
+        certificates=_read_certificates(spec),
+        parent_pid=os.getppid(),
+        runtime_dependency_install=False,
+    )
+
+
+def _run_serverapp(spec: ExecutionSpec) -> None:
+    """What ``flwr-serverapp`` does."""
+    log_queue: Queue[str | None] = Queue()
+    mirror_output_to_queue(log_queue)
+    run_serverapp(
+        runtime_api_address=spec.runtime_api_address,
+        log_queue=log_queue,
+        token=spec.token,
+        insecure=spec.insecure,
+        certificates=_read_certificates(spec),
+        parent_pid=os.getppid(),
+        runtime_dependency_install=False,
+    )
+
+
+def _read_certificates(spec: ExecutionSpec) -> bytes | None:
+    path = spec.root_certificates_path
+    return Path(path).read_bytes() if path else None
+
+
 def main() -> None:
     """Run the SuperExec until SIGTERM."""
+    client_dir = find_client_dir()
+    kinds: dict[TaskType, Run] = (
+        {TaskType.CLIENT_APP: _run_clientapp}
+        if client_dir
+        else {TaskType.SERVER_APP: _run_serverapp}
+    )
+    app = "client_app" if client_dir else "server_app"
+    importlib.import_module(f"zk0bot.federation.{app}")  # so that every fork has it
     superexec_loop.get_executor = (  # type: ignore[attr-defined]  # the only way in, flwr 1.41.0
-        lambda *args, **kwargs: ForkingExecutor()
+        lambda *args, **kwargs: ForkingExecutor(kinds)
     )
     hasten_pulls()
-    vars(superexec_loop)["time"] = TaskWait(Flag(order_flag(load_client_dir())))
+    if client_dir:
+        vars(superexec_loop)["time"] = TaskWait(Flag(order_flag(client_dir)))
     gc.freeze()
     flower_superexec()
 

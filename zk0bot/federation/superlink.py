@@ -1,0 +1,89 @@
+"""Flower's SuperLink behind a secret; same flags as ``flower-superlink``, and ``--secret-file``.
+
+Open-source Flower knows no user accounts: whoever reaches its port may start runs. On loopback that
+is every account of the machine. Here all but the Runtime API (which has secrets of its own) and
+``/health`` is closed to requests without the loopback secret.
+"""
+
+import argparse
+import hmac
+import importlib
+import logging
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import uvicorn
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from zk0bot.gateway.registrar import SECRET_HEADER
+
+logger = logging.getLogger(__name__)
+
+PROGRAM = importlib.import_module("flwr.superlink.cli.flower_superlink")
+"""The package exports a function of this name, which hides the module from ``import``."""
+OPEN_PREFIX = "/v1/runtime/"
+HEALTH = "/health"
+KEEP_ALIVE_S = 75
+"""Longer than the gateway keeps an idle connection, which must not be closed as it is used."""
+LOG_EVERY_S = 1.0
+
+
+class SecretGate:
+    """Answers 404 to whoever does not know the secret; ASGI."""
+
+    def __init__(self, app: ASGIApp, secret: str) -> None:
+        self._app = app
+        self._secret = secret.encode("ascii")
+        self._logged_at = -LOG_EVERY_S
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or self._may_pass(scope):
+            await self._app(scope, receive, send)
+            return
+        self._log(scope)
+        await Response(status_code=404, headers={"connection": "close"})(scope, receive, send)
+
+    def _may_pass(self, scope: Scope) -> bool:
+        if scope["type"] != "http":
+            return False
+        path = scope["path"]
+        if path == HEALTH or (path.startswith(OPEN_PREFIX) and ".." not in path):
+            return True
+        given = Headers(scope=scope).getlist(SECRET_HEADER)
+        return len(given) == 1 and hmac.compare_digest(given[0].encode("latin-1"), self._secret)
+
+    def _log(self, scope: Scope) -> None:
+        """At most one line a second: who is refused must not fill the disk."""
+        if time.monotonic() - self._logged_at >= LOG_EVERY_S:
+            self._logged_at = time.monotonic()
+            logger.warning("refused without the secret: %.100r", scope.get("path", ""))
+
+
+def guard_superlink(secret: str) -> None:
+    """Put the gate before the application that Flower runs (flwr.superlink.cli, 1.41.0)."""
+    module = vars(PROGRAM)
+    assert module["uvicorn"] is uvicorn
+
+    def run(app: ASGIApp, **settings: object) -> None:
+        settings |= {"access_log": False, "timeout_keep_alive": KEEP_ALIVE_S}
+        uvicorn.run(SecretGate(app, secret), **settings)  # type: ignore[arg-type]
+
+    module["uvicorn"] = SimpleNamespace(run=run)
+
+
+def main() -> None:
+    """Run the SuperLink until SIGTERM."""
+    parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False)
+    parser.add_argument("--secret-file", type=Path, required=True)
+    ours, flowers = parser.parse_known_args()
+    guard_superlink(ours.secret_file.read_text().strip())
+    sys.argv[1:] = flowers
+    PROGRAM.flower_superlink()
+
+
+if __name__ == "__main__":
+    main()
