@@ -1,19 +1,23 @@
 """A host without tmux: remembers what was started and lets a test end processes."""
 
 import contextlib
+import json
 import os
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
-from zk0bot.config.paths import Paths, link_state, trainer_state
-from zk0bot.files import write_json
+from zk0bot.config.paths import Paths, identity_dir, link_state, trainer_state
+from zk0bot.files import read_record, write_json
 from zk0bot.ops.host import Pane
-from zk0bot.ops.services import Machine
+from zk0bot.ops.machine import Machine
 from zk0bot.ops.specs import ProcessSpec, SessionSpec, Surroundings
-from zk0bot.records import GatewayHealth, LinkState, TrainerState
+from zk0bot.records import GatewayHealth, LinkState, Membership, TrainerState, now
+from zk0bot.trust.keys import fingerprint, verify_headers
+from zk0bot.trust.registry import EnrolRequest, Registry
 from zk0bot.version import __version__
 
 FIRST_PID = 4_000_000
@@ -85,22 +89,57 @@ class FakeProcesses:
         self._servers: list[ThreadingHTTPServer] = []
 
     def __call__(self, process: ProcessSpec) -> None:
-        if process.name in ("gateway", "superlink"):
-            self.listen(int(_option(process, "--port")))
+        if process.name == "superlink":
+            loopback = Path(_option(process, "--ssl-certfile")).parent
+            self._serve(int(_option(process, "--port")), _build_tls(loopback), None)
+        elif process.name == "gateway":
+            server_dir = Path(_option(process, "--dir"))
+            is_plain = "--insecure" in process.argv
+            tls = None if is_plain else _build_tls(server_dir / "tls")
+            self._serve(int(_option(process, "--port")), tls, server_dir)
         elif process.name in ("trainer", "evaluator"):
             state = TrainerState(state="ready", pid=os.getpid())
             write_json(trainer_state(Path(_option(process, "--dir"))), state)
         elif process.name == "egress":
-            link = LinkState(node_id="7", upstream=_option(process, "--upstream"))
+            membership = read_record(identity_dir(process.cwd) / "membership.json", Membership)
+            link = LinkState(node_id="7", upstream=membership.server)
             write_json(link_state(process.cwd), link)
 
-    def listen(self, port: int) -> None:
-        """Answer every GET on ``port`` with the gateway's health."""
-        body = self._health.model_dump_json().encode()
+    def listen(self, port: int, server_dir: Path) -> None:
+        """Play the gateway of a server with ``insecure`` on ``port``."""
+        self._serve(port, None, server_dir)
+
+    def _serve(self, port: int, tls: ssl.SSLContext | None, server_dir: Path | None) -> None:
+        """Answer every GET with the gateway's health or its CA; let nodes join and leave."""
+        health = self._health.model_dump_json().encode()
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.send_response(200)
+                if self.path == "/v1/zk0/ca" and server_dir:
+                    self._answer(200, (server_dir / "tls" / "ca.crt").read_bytes())
+                else:
+                    self._answer(200, health)
+
+            def do_POST(self) -> None:
+                assert server_dir is not None
+                body = self.rfile.read(int(self.headers["content-length"]))
+                registry = Registry(server_dir / "enrolment")
+                if self.path == "/v1/zk0/leave":
+                    pem = verify_headers(dict(self.headers), now())
+                    registry.leave(fingerprint(pem))
+                    return self._answer(204, b"")
+                request = EnrolRequest.model_validate_json(body)
+                node = (
+                    registry.enrol(request, now())
+                    if request.invite_id
+                    else registry.enrol_local(request.name, request.public_key.encode())
+                )
+                answer = {"node": node.name, "fingerprint": node.fingerprint}
+                self._answer(200, json.dumps(answer).encode())
+
+            def _answer(self, status: int, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("content-length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
 
@@ -108,6 +147,8 @@ class FakeProcesses:
                 return
 
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         self._servers.append(server)
 
@@ -115,6 +156,12 @@ class FakeProcesses:
         for server in self._servers:
             server.shutdown()
             server.server_close()
+
+
+def _build_tls(folder: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.crt", folder / "server.key")
+    return context
 
 
 @contextlib.contextmanager

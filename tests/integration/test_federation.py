@@ -2,124 +2,24 @@
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
+from real_machine import Machine, real_federation
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.integration
-
-ZK0BOT = str(Path(sys.executable).parent / "zk0bot")
-EPISODES = 14
-QUICK = ("eval-frequency=1", "local-steps=3", "batch-size=8", "checkpoint-interval=0")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A private state root, and the commands on it."""
-
-    home: Path
-    env: dict[str, str]
-    port: int
-
-    def zk0bot(self, *arguments: str, timeout_s: float = 240) -> tuple[int, Any]:
-        """Exit status and JSON document of ``zk0bot ARGUMENTS --json``."""
-        done = subprocess.run(
-            [ZK0BOT, *arguments, "--json"],
-            cwd=self.home,
-            env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-        assert done.stdout, done.stderr
-        return done.returncode, json.loads(done.stdout)
-
-    def run(self, *settings: str, rounds: int = 2) -> tuple[int, Any]:
-        pairs = [part for pair in (*QUICK, *settings) for part in ("--set", pair)]
-        return self.zk0bot("run", "--rounds", str(rounds), *pairs)
-
-    def start_run(self, *settings: str, rounds: int = 2) -> str:
-        """Submit a run without watching it; its id."""
-        pairs = [part for pair in (*QUICK, *settings) for part in ("--set", pair)]
-        status, record = self.zk0bot("run", "--no-stream", "--rounds", str(rounds), *pairs)
-        assert status == 0, record
-        return str(record["run_id"])
-
-    def record(self, run_id: str) -> Any:
-        return json.loads((self.root / "server/runs" / run_id / "run.json").read_text())
-
-    def wait_for(self, run_id: str, reached: Callable[[Any], bool], timeout_s: float = 120) -> Any:
-        """The run's record as soon as ``reached`` says so."""
-        deadline = time.monotonic() + timeout_s
-        while not reached(record := self.record(run_id)):
-            assert time.monotonic() < deadline, record
-            time.sleep(0.1)
-        return record
-
-    def processes(self) -> list[psutil.Process]:
-        """All processes that belong to this state root."""
-        return [p for p in psutil.process_iter() if str(self.home) in _environment(p)]
-
-    @property
-    def root(self) -> Path:
-        return Path(self.env["ZK0BOT_HOME"])
-
-    def pid(self, client: str, process: str) -> int:
-        _, status = self.zk0bot("client", "status", client)
-        services = status.get("services") or status["processes"]
-        return next(int(entry["pid"]) for entry in services if entry["name"] == process)
-
-
-def _environment(process: psutil.Process) -> str:
-    try:
-        return process.environ().get("ZK0BOT_HOME", "")
-    except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
-        return ""
 
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
     """A server and two clients with 14 simulated episodes each; all gone afterwards."""
-    home = Path(tempfile.mkdtemp(prefix="zk0-", dir="/tmp"))
-    port, superlink_port = 19492, 19491
-    env = {
-        **os.environ,
-        "HOME": str(home),
-        "ZK0BOT_HOME": str(home / "z"),
-        "ZK0BOT_PORT": str(port),
-        "ZK0BOT_SUPERLINK_PORT": str(superlink_port),
-    }
-    machine = Machine(home=home, env=env, port=port)
-    try:
-        status, answer = machine.zk0bot("server", "start")
-        assert status == 0, answer
-        for seed, colour in enumerate(("red", "green")):
-            status, answer = machine.zk0bot(
-                *("client", "start", f"sim:touch-{colour}?episodes={EPISODES}&seed={seed}"),
-                *("--server", f"127.0.0.1:{port}", "--name", colour),
-            )
-            assert status == 0, answer
+    with real_federation(19492, 19491) as machine:
         yield machine
-    finally:
-        for arguments in (("client", "stop", "red"), ("client", "stop", "green")):
-            machine.zk0bot(*arguments)
-        machine.zk0bot("server", "stop")
-        left = machine.processes()
-        shutil.rmtree(home, ignore_errors=True)
-    assert left == []
 
 
 def test_a_run_trains_evaluates_and_saves(machine: Machine) -> None:

@@ -18,8 +18,9 @@ from zk0bot.config.paths import Paths
 from zk0bot.files import private_dir, read_record, write_json
 from zk0bot.ops.host import Pane, TmuxHost, socket_path
 from zk0bot.ops.log import read_tail
+from zk0bot.ops.machine import Machine
 from zk0bot.ops.process import find_started
-from zk0bot.ops.services import Machine, stop_server
+from zk0bot.ops.services import stop_server
 from zk0bot.ops.specs import (
     SERVER_SESSION,
     SESSION_MARKER,
@@ -304,12 +305,13 @@ def test_a_federation_from_the_command_line(
     port, superlink_port = free_port(), free_port()
     monkeypatch.setenv("ZK0BOT_PORT", str(port))
     monkeypatch.setenv("ZK0BOT_SUPERLINK_PORT", str(superlink_port))
-    monkeypatch.setenv("ZK0BOT_SERVER", f"127.0.0.1:{port}")
     monkeypatch.setenv("ZK0BOT_FIRST_PORT", str(free_port()))
     started = run_zk0bot(tmp_path, "server", "start", "--json")
     assert started.returncode == 0, started.stderr
     dataset = "sim:touch-red?episodes=6"
-    client = run_zk0bot(tmp_path, "client", "start", dataset, "--set", "heldout-episodes=2")
+    invite = json.loads(run_zk0bot(tmp_path, "server", "invite", "--json").stdout)
+    options = ("--join", invite["code"], "--set", "heldout-episodes=2")
+    client = run_zk0bot(tmp_path, "client", "start", dataset, *options)
     assert client.returncode == 0, client.stderr
     _kill_and_see_it_again(machine)
     small = ("min-fit-clients=1", "local-steps=2", "batch-size=4")

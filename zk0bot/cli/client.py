@@ -1,5 +1,6 @@
 """``zk0bot client``."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -19,7 +20,7 @@ from zk0bot.cli.option import (
 )
 from zk0bot.config.load import Sources, load_client
 from zk0bot.errors import ConfigError
-from zk0bot.ops.services import find_client, start_client, stop_client
+from zk0bot.ops.naming import find_client
 from zk0bot.ops.specs import client_session_name
 from zk0bot.ops.state import get_client_status, list_clients
 
@@ -41,8 +42,13 @@ def start(
             "configs/datasets.toml."
         ),
     ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option(metavar="CODE", help="Join code of zk0bot server invite; - reads it."),
+    ] = None,
     server: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Default: 127.0.0.1:9092.")
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Another address of the server it has joined."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="What the server calls this client.")] = None,
     episodes: Annotated[str | None, typer.Option(help="Such as 0-39,45.")] = None,
@@ -52,11 +58,35 @@ def start(
         typer.Option(metavar="A=B", help="Camera A of the dataset is the policy's B."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cuda or cpu.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Plain HTTP to a server on this machine.")
+    ] = False,
+    max_upload_mbit: Annotated[
+        float | None, typer.Option(metavar="MBIT", help="Send at most this fast.")
+    ] = None,
+    max_bytes_per_day: Annotated[
+        int | None, typer.Option(metavar="BYTES", help="Send and receive at most this much a day.")
+    ] = None,
+    hours: Annotated[
+        str | None, typer.Option(metavar="22:00-07:00", help="Take part in these hours only.")
+    ] = None,
+    leave_after_round: Annotated[
+        int | None, typer.Option(metavar="N", help="Take part in rounds 1 to N of a run only.")
+    ] = None,
+    gpu_only_when_idle: Annotated[
+        bool, typer.Option("--gpu-only-when-idle", help="Not while another program uses the GPU.")
+    ] = False,
+    forbid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Tensors and metrics that must not leave."),
+    ] = None,
     config: ConfigFile = None,
     set_: Settings = None,
     json: JsonFlag = False,
 ) -> None:
     """Start a client and return when its data is loaded and the server answers."""
+    from zk0bot.ops.services import start_client  # brings httpx, which the others can do without
+
     show = get_show(ctx)
     flags = {
         "dataset_uri": dataset_uri,
@@ -66,16 +96,26 @@ def start(
         "revision": revision,
         "rename_cameras": _parse_renames(rename),
         "device": device,
+        "insecure": insecure or None,
+        "max_upload_mbit": max_upload_mbit,
+        "max_bytes_per_day": max_bytes_per_day,
+        "hours": hours,
+        "leave_after_round": leave_after_round,
+        "gpu_only_when_idle": gpu_only_when_idle or None,
+        "forbid": tuple(forbid) if forbid else None,
     }
     loaded = load_client(Sources(file=config, flags=flags, pairs=tuple(set_ or ())))
     show.notices(loaded.notices)
     machine = build_machine(show, with_secrets=True)
-    show.result(start_client(machine, loaded.config, show.waiting))
+    code = _read_code(join)
+    show.result(start_client(machine, loaded.config, show.waiting, join_code=code))
 
 
 @app.command()
 def stop(ctx: typer.Context, client: Which = None, json: JsonFlag = False) -> None:
     """Stop all that client start started."""
+    from zk0bot.ops.services import stop_client  # brings httpx, which the others can do without
+
     show = get_show(ctx)
     machine = build_machine(show)
     show.result(stop_client(machine, find_client(machine, client)))
@@ -131,6 +171,33 @@ def list_(ctx: typer.Context, json: JsonFlag = False) -> None:
     show = get_show(ctx)
     machine = build_machine(show)
     show.result(list_clients(machine.paths, machine.host))
+
+
+@app.command()
+def leave(ctx: typer.Context, client: Which = None, json: JsonFlag = False) -> None:
+    """Leave the server that a client has joined: stop it and delete its key."""
+    from zk0bot.ops.departure import leave_server  # brings httpx, which the others can do without
+
+    show = get_show(ctx)
+    machine = build_machine(show)
+    show.result(leave_server(machine, find_client(machine, client)))
+
+
+@app.command()
+def forget(ctx: typer.Context, client: Which = None, json: JsonFlag = False) -> None:
+    """Delete the folder of a client that does not run and has joined no server."""
+    from zk0bot.ops.departure import forget_client  # brings httpx, which the others can do without
+
+    show = get_show(ctx)
+    machine = build_machine(show)
+    show.result(forget_client(machine, find_client(machine, client)))
+
+
+def _read_code(text: str | None) -> str:
+    """The join code; from standard input for ``-``, so that no process list shows it."""
+    if text == "-":
+        text = sys.stdin.readline()
+    return (text or "").strip()
 
 
 def _parse_renames(pairs: list[str] | None) -> dict[str, str] | None:

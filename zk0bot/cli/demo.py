@@ -13,7 +13,7 @@ from zk0bot.config.paths import Paths
 from zk0bot.ops.demo import build_kept_notice, demo_root, run_demo, stop_all
 from zk0bot.ops.demo_plan import DemoOptions
 from zk0bot.ops.host import TmuxHost
-from zk0bot.ops.services import Machine
+from zk0bot.ops.machine import Machine
 from zk0bot.records import RUN_EXIT_CODES
 
 app = build_command()

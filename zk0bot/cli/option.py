@@ -10,7 +10,8 @@ import typer
 from zk0bot.cli.show import Show
 from zk0bot.config.load import find_secrets, inherited_environment, load_paths
 from zk0bot.ops.host import TmuxHost
-from zk0bot.ops.services import Machine, get_attach_command
+from zk0bot.ops.machine import Machine
+from zk0bot.ops.overview import get_attach_command
 from zk0bot.ops.specs import Surroundings
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]

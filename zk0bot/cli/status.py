@@ -3,7 +3,7 @@
 import typer
 
 from zk0bot.cli.option import JsonFlag, build_command, build_machine, get_show
-from zk0bot.ops.services import get_status
+from zk0bot.ops.overview import get_status
 
 app = build_command()
 

@@ -128,8 +128,8 @@ class RunConfig(Settings):
 class ServerConfig(Settings):
     """The server machine."""
 
-    host: str = "127.0.0.1"
-    """Address that the gateway listens on; 0.0.0.0 for clients on other machines."""
+    host: str = ""
+    """Address that the gateway listens on; empty: 127.0.0.1, or 0.0.0.0 with public-hosts."""
     port: int = Field(9092, ge=1, le=65535)
     """Port that clients reach (the gateway)."""
     superlink_port: int = Field(9091, ge=1, le=65535)
@@ -145,12 +145,30 @@ class ServerConfig(Settings):
     start_deadline_s: float = Field(120.0, gt=0)
     """``server start`` fails after this long without a passing health check."""
 
+    @property
+    def listen_host(self) -> str:
+        """Where the gateway listens."""
+        return self.host or ("0.0.0.0" if self.public_hosts else "127.0.0.1")
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT that clients reach, and that join codes name."""
+        return f"{self.public_hosts[0] if self.public_hosts else self.listen_host}:{self.port}"
+
+    @model_validator(mode="after")
+    def _refuse_half_a_certificate(self) -> Self:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls-cert and tls-key belong together: give both or none")
+        if self.insecure and (self.tls_cert or self.public_hosts):
+            raise ValueError("insecure is for loopback only: no tls-cert and no public-hosts")
+        return self
+
 
 class ClientConfig(Settings):
     """One client on a robot owner's machine."""
 
-    server: str = "127.0.0.1:9092"
-    """HOST:PORT of the server's gateway."""
+    server: str = ""
+    """HOST:PORT of the server's gateway; empty: the one that this client has joined."""
     dataset_uri: str = ""
     """``hf:owner/name``, ``owner/name``, ``local:/path`` or ``sim:TASK``."""
     name: str = ""

@@ -19,7 +19,7 @@ from zk0bot.config.models import ClientConfig, ServerConfig
 from zk0bot.config.paths import Paths
 from zk0bot.errors import ConfigError, SessionExistsError
 from zk0bot.files import read_json, read_record, write_json
-from zk0bot.ops import runs, services
+from zk0bot.ops import enrolment, runs, services
 from zk0bot.ops.child import Child
 from zk0bot.ops.demo_plan import (
     OWNERS,
@@ -33,8 +33,11 @@ from zk0bot.ops.demo_plan import (
 )
 from zk0bot.ops.health import find_gateway
 from zk0bot.ops.interrupt import undisturbed
+from zk0bot.ops.machine import Machine
+from zk0bot.ops.overview import get_attach_command
+from zk0bot.ops.precheck import build_local_tls
 from zk0bot.ops.process import free_ports
-from zk0bot.ops.services import Machine, StopReport
+from zk0bot.ops.services import StopReport
 from zk0bot.ops.specs import SERVER_SESSION, helper_process, helpers_dir
 from zk0bot.ops.state import find_trainer
 from zk0bot.records import Record, RunRecord, TrainerState
@@ -99,6 +102,12 @@ def run_demo(machine: Machine, options: DemoOptions, view: View) -> DemoResult:
     finally:
         with undisturbed():
             demo.close()
+
+
+def _takes_nodes(config: ServerConfig) -> bool:
+    """Whether the gateway of the server that is being started can enrol nodes."""
+    health = find_gateway(config.listen_host, config.port, build_local_tls(config))
+    return health is not None and health.superlink_ok
 
 
 def demo_root(root: Path) -> Path:
@@ -189,8 +198,8 @@ class _Demo:
         port, superlink_port = free_ports(FIRST_SERVER_PORT, 2, ())
         config = ServerConfig(port=port, superlink_port=superlink_port)
         server = self._pool.submit(services.start_server, self.machine, config, _ignore)
-        self._wait_for(lambda: find_gateway(config.host, port) is not None, [server])
-        clients = [self._start_client(owner, f"{config.host}:{port}") for owner in self.owners]
+        self._wait_for(lambda: _takes_nodes(config), [server])
+        clients = [self._start_client(owner) for owner in self.owners]
         self._wait_for(server.done, [server, *clients])
         self.clock.add("start", begun, time.time())
         run = runs.submit_run(self.machine, build_run_config(self.options))
@@ -199,9 +208,10 @@ class _Demo:
         self.clock.add("data", self._data_since or begun, time.time())
         return run, child
 
-    def _start_client(self, owner: Owner, server: str) -> Future[None]:
-        config = build_client_config(owner, self.options, server)
-        services.start_client(self.machine, config, _ignore, wait=False)
+    def _start_client(self, owner: Owner) -> Future[None]:
+        config = build_client_config(owner, self.options)
+        invite = enrolment.invite(self._paths, name=owner.colour, uses=1, expires="1h")
+        services.start_client(self.machine, config, _ignore, join_code=invite.code, wait=False)
         return self._pool.submit(self._await_client, owner, config)
 
     def _await_client(self, owner: Owner, config: ClientConfig) -> None:
@@ -319,7 +329,7 @@ class _Demo:
 
 def build_kept_notice(machine: Machine) -> str:
     """How to look at a federation that was kept, and how to stop it."""
-    command = services.get_attach_command(machine, SERVER_SESSION)
+    command = get_attach_command(machine, SERVER_SESSION)
     attach = " ".join(f"'{word}'" if word.startswith("=") else word for word in command)  # for zsh
     return (
         "The federation still runs.\n"

@@ -110,10 +110,9 @@ def build_run_config(options: DemoOptions) -> RunConfig:
     return load_run(Sources(flags=flags), env={}).config
 
 
-def build_client_config(owner: Owner, options: DemoOptions, server: str) -> ClientConfig:
+def build_client_config(owner: Owner, options: DemoOptions) -> ClientConfig:
     """One owner's client."""
     return ClientConfig(
-        server=server,
         dataset_uri=dataset_uri(owner, options),
         name=owner.colour,
         heldout_episodes=HELDOUT_EPISODES,

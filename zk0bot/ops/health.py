@@ -1,6 +1,7 @@
 """Waiting until the processes of a service answer, with a deadline and a reason on failure."""
 
 import http.client
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ OnWait = Callable[[str], None]
 HEALTH_PATH = "/v1/zk0/health"
 _POLL_S = 0.1
 _TAIL_LINES = 12
+_LONGEST_ANSWER = 65536
+"""Bytes of an answer that are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +64,36 @@ def wait_until_ready(
         time.sleep(_POLL_S)
 
 
-def check_superlink(port: int) -> Check:
-    """Flower's SuperLink answers."""
+def check_superlink(port: int, ca: Path) -> Check:
+    """Flower's SuperLink answers, with a certificate of the CA in the file ``ca``."""
 
     def look() -> str | None:
-        is_up = _get("127.0.0.1", port, "/health") is not None
+        tls = ssl.create_default_context(cafile=str(ca))
+        is_up = _get("127.0.0.1", port, "/health", tls) is not None
         return None if is_up else f"the SuperLink on port {port}"
 
     return Check(process="superlink", look=look)
 
 
-def check_gateway(host: str, port: int) -> Check:
+def check_gateway(host: str, port: int, tls: ssl.SSLContext | None) -> Check:
     """The gateway answers and reaches the SuperLink."""
 
     def look() -> str | None:
-        health = find_gateway(host, port)
+        health = find_gateway(host, port, tls)
         return None if health and health.superlink_ok else f"the gateway on port {port}"
 
     return Check(process="gateway", look=look)
 
 
-def find_gateway(host: str, port: int, timeout_s: float = 2.0) -> GatewayHealth | None:
+def find_gateway(
+    host: str, port: int, tls: ssl.SSLContext | None, timeout_s: float = 2.0
+) -> GatewayHealth | None:
     """What the zk0bot server at this address says of itself; None when nothing answers.
 
-    Raises ServiceError when something else than a zk0bot server answers.
+    Without ``tls`` over plain HTTP. Raises ServiceError when something else than a zk0bot server
+    answers, or one whose certificate does not hold.
     """
-    body = _get(host, port, HEALTH_PATH, timeout_s)
+    body = _get(host, port, HEALTH_PATH, tls, timeout_s)
     if body is None:
         return None
     try:
@@ -128,13 +135,27 @@ def _log_path(process: str, spec: SessionSpec) -> Path:
     return next(item.log_path for item in spec.processes if item.name == process)
 
 
-def _get(host: str, port: int, path: str, timeout_s: float = 2.0) -> bytes | None:
-    """Body of a 200 answer; None when nobody answers or with another status."""
-    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+def _get(
+    host: str, port: int, path: str, tls: ssl.SSLContext | None, timeout_s: float = 2.0
+) -> bytes | None:
+    """Body of a 200 answer; None when nobody answers or with another status.
+
+    Raises ServiceError when the certificate does not hold.
+    """
+    connection = (
+        http.client.HTTPSConnection(host, port, timeout=timeout_s, context=tls)
+        if tls
+        else http.client.HTTPConnection(host, port, timeout=timeout_s)
+    )
     try:
         connection.request("GET", path)
         response = connection.getresponse()
-        body = response.read()
+        body = response.read(_LONGEST_ANSWER)
+    except ssl.SSLCertVerificationError as error:
+        raise ServiceError(
+            f"the certificate of {host}:{port} does not hold: {error.verify_message}",
+            hint="ask the server's operator; a server with another CA needs a new join code",
+        ) from None
     except (OSError, http.client.HTTPException):
         return None
     finally:

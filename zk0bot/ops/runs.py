@@ -1,6 +1,7 @@
 """Submitting a run, watching it to its end, stopping it."""
 
 import contextlib
+import hashlib
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -9,15 +10,18 @@ from datetime import datetime
 from pathlib import Path
 
 from zk0bot.config.models import RunConfig
-from zk0bot.config.paths import Paths
+from zk0bot.config.paths import Paths, audit_dir
 from zk0bot.errors import ConfigError, RunError, ServiceError, SessionAbsentError
 from zk0bot.files import private_dir, read_record, write_json
 from zk0bot.ops import control
+from zk0bot.ops.enrolment import OPERATOR
+from zk0bot.ops.machine import Machine
 from zk0bot.ops.record import close_run, find_active_run, get_run, save_run
-from zk0bot.ops.services import Machine, exclusive
+from zk0bot.ops.services import exclusive
 from zk0bot.ops.specs import SERVER_SESSION, superlink_address
 from zk0bot.ops.state import find_session
 from zk0bot.records import Record, RunRecord, RunState
+from zk0bot.trust.audit import AuditLog
 
 STOP_GRACE_S = 20.0
 """How long a ServerApp gets to end by itself after a stop request."""
@@ -76,6 +80,7 @@ def stop_run(machine: Machine, on_wait: Callable[[str], None]) -> RunRecord:
     active = find_active_run(paths)
     if active is None:
         raise RunError("no run is under way", hint="zk0bot runs")
+    AuditLog(audit_dir(paths.server_dir)).note("run-stop-asked", OPERATOR, run=active.run_id)
     paths.stop_request(active.run_id).touch()
     if not machine.host.panes(SERVER_SESSION):
         return close_run(paths, active.run_id, "stopped", "stopped by request; its server is gone")
@@ -102,8 +107,16 @@ def _register(paths: Paths, config: RunConfig) -> RunRecord:
     )
     private_dir(paths.run_dir(run.run_id))
     write_json(paths.run_config(run.run_id), config)
+    _audit_start(paths, run.run_id)
     save_run(paths, run)
     return run
+
+
+def _audit_start(paths: Paths, run_id: str) -> None:
+    """Log that a run starts, with the hash of its ``config.json``."""
+    settings = hashlib.sha256(paths.run_config(run_id).read_bytes()).hexdigest()
+    log = AuditLog(audit_dir(paths.server_dir))
+    log.append("run-started", OPERATOR, run=run_id, settings_sha256=settings)
 
 
 def _submit(paths: Paths, superlink: str, run: RunRecord) -> RunRecord:

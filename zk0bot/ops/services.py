@@ -2,53 +2,53 @@
 
 import contextlib
 import fcntl
-import ipaddress
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-from zk0bot.config.episode import read_episodes
-from zk0bot.config.load import list_simulated_tasks
 from zk0bot.config.models import ClientConfig, ServerConfig
 from zk0bot.config.paths import (
     Paths,
+    audit_dir,
     client_config,
+    identity_dir,
     link_state,
+    loopback_dir,
     node_progress,
     trainer_state,
 )
-from zk0bot.config.uri import parse_dataset_uri
 from zk0bot.errors import (
-    ConfigError,
-    ServiceError,
     SessionAbsentError,
     SessionExistsError,
     TrainerError,
-    UnknownNameError,
 )
 from zk0bot.files import private_dir, write_json
-from zk0bot.ops import record
+from zk0bot.ops import enrolment, record
 from zk0bot.ops.health import (
     Check,
     OnWait,
     check_gateway,
     check_superlink,
-    find_gateway,
     wait_until_ready,
 )
-from zk0bot.ops.host import Host
 from zk0bot.ops.interrupt import undisturbed
+from zk0bot.ops.machine import Machine
+from zk0bot.ops.naming import client_slug
+from zk0bot.ops.precheck import (
+    build_local_tls,
+    complete,
+    local,
+    refuse_bad_data,
+    refuse_public,
+    refuse_unreachable,
+)
 from zk0bot.ops.process import end, find_started, free_ports, refuse_taken
 from zk0bot.ops.specs import (
     SERVER_SESSION,
     SessionSpec,
-    Surroundings,
     client_session,
     client_session_name,
     flower_home,
@@ -63,32 +63,27 @@ from zk0bot.ops.specs import (
 from zk0bot.ops.state import (
     ClientStatus,
     ServerStatus,
-    Status,
     find_link,
     find_session,
     find_trainer,
     get_client_status,
     get_server_status,
     list_client_slugs,
-    list_clients,
     wrap_line,
 )
-from zk0bot.records import GatewayHealth, Record
-from zk0bot.version import __version__
+from zk0bot.records import Record
+from zk0bot.trust.audit import AuditLog
+from zk0bot.trust.certificates import (
+    ensure_authority,
+    ensure_certificate,
+    make_loopback,
+    read_own_certificate,
+)
+from zk0bot.trust.membership import build_ssl_context
+from zk0bot.trust.private import refuse_exposed
 
 STOP_GRACE_S = 8.0
 """How long processes get between SIGTERM and SIGKILL."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Where services are started: paths, sessions, environment."""
-
-    paths: Paths
-    host: Host
-    surroundings: Surroundings
-    secrets: Mapping[str, str]
-    """Tokens for the trainers."""
 
 
 class StopReport(Record):
@@ -115,10 +110,11 @@ def start_server(machine: Machine, config: ServerConfig, on_wait: OnWait) -> Ser
     Raises SessionExistsError, PortInUseError, or ServiceError naming the process that failed; then
     all that was started has been stopped again.
     """
-    _refuse_public(config)
+    refuse_public(config)
+    config = complete(config)
     checks = (
-        check_superlink(config.superlink_port),
-        check_gateway(config.host, config.port),
+        check_superlink(config.superlink_port, loopback_dir(machine.paths.server_dir) / "ca.crt"),
+        check_gateway(local(config.listen_host), config.port, build_local_tls(config)),
         _check_trainer("evaluator", machine.paths.evaluator_dir),
     )
     with _undone_on_failure(machine) as begun:
@@ -135,20 +131,33 @@ def stop_server(machine: Machine) -> StopReport:
         if report is None:
             raise SessionAbsentError("the server is not running", hint="zk0bot server start")
         record.close_active_runs(machine.paths, "stopped", "the server was stopped")
+        note(machine.paths.server_dir, "server-stopped")
     return report
 
 
 def start_client(
-    machine: Machine, config: ClientConfig, on_wait: OnWait, *, wait: bool = True
+    machine: Machine,
+    config: ClientConfig,
+    on_wait: OnWait,
+    *,
+    join_code: str = "",
+    wait: bool = True,
 ) -> ClientStatus:
     """Start one client's processes and return when it has its data and is connected.
 
-    With ``wait`` false it returns at once; ``wait_for_client`` does the rest. Raises what
-    ``start_server`` raises, and TrainerError with the trainer's own reason.
+    ``join_code`` enrols it first, where it has not joined a server yet. With ``wait`` false it
+    returns at once; ``wait_for_client`` does the rest. Raises what ``start_server`` raises, what
+    ``enrolment.enrol`` raises, and TrainerError with the trainer's own reason.
     """
     slug = client_slug(config)
-    _refuse_bad_data(config)
-    refuse_unreachable(config.server)
+    refuse_bad_data(config)
+    refuse_running_client(machine, slug)
+    client_dir = machine.paths.client_dir(slug)
+    membership = enrolment.enrol(client_dir, config, join_code, config.name)
+    is_insecure = membership.trust == "loopback"
+    config = config.model_copy(update={"server": membership.server, "insecure": is_insecure})
+    tls = None if is_insecure else build_ssl_context(client_dir, membership)
+    refuse_unreachable(membership.server, tls)
     with _undone_on_failure(machine) as begun:
         with exclusive(machine.paths.root):
             _open_client(machine, slug, config, begun)
@@ -173,6 +182,7 @@ def stop_client(machine: Machine, slug: str) -> StopReport:
         report = _stop(machine, machine.paths.client_dir(slug), client_session_name(slug))
     if report is None:
         raise SessionAbsentError(f"client {slug!r} is not running", hint="zk0bot client list")
+    note(machine.paths.client_dir(slug), "client-stopped")
     return report
 
 
@@ -212,147 +222,24 @@ def stop_helpers(machine: Machine) -> list[StopReport]:
     return [StopReport(session="helpers", processes=[], pids=pids, killed=killed)]
 
 
-def get_status(machine: Machine) -> Status:
-    """All that runs on this machine, and the last run.
-
-    A run that a lost server has left behind is closed as failed.
-    """
-    clients = list_clients(machine.paths, machine.host).clients
-    server = get_server_status(machine.paths, machine.host)
-    if server.state == "stopped":
-        with contextlib.suppress(OSError):  # a full disk; the next look closes it
-            record.close_active_runs(machine.paths, "failed", "the server went away")
-    return Status(
-        server=server,
-        clients=[client for client in clients if client.state != "stopped"],
-        run=record.find_active_run(machine.paths) or record.find_last_run(machine.paths),
-    )
-
-
-def get_attach_command(machine: Machine, session: str) -> list[str]:
-    """Command line that shows a running session. Raises SessionAbsentError."""
-    if not machine.host.panes(session):
-        raise SessionAbsentError(f"session {session} is not running", hint="zk0bot status")
-    return machine.host.attach_command(session)
-
-
-def client_slug(config: ClientConfig) -> str:
-    """Short name of a client's folder and session: from its name, else from its dataset."""
-    return slug_of(config.name or config.dataset_uri)
-
-
-def slug_of(text: str) -> str:
-    """``text`` in lower-case letters, digits and single dashes; a URI loses its scheme."""
-    scheme, colon, value = text.partition(":")
-    if colon and scheme == "local":
-        value = Path(value).name or value
-    elif colon and scheme == "sim":
-        value = f"sim-{value}"
-    slug = re.sub(r"[^a-z0-9]+", "-", (value if colon else text).lower()).strip("-")[:48].strip("-")
-    if not slug:
-        raise ConfigError(f"cannot make a short name of {text!r}", hint="give one with --name")
-    return slug
-
-
-def find_client(machine: Machine, text: str | None) -> str:
-    """The client meant by a short name, name or URI; without one, the only running client.
-
-    Raises UnknownNameError or ConfigError listing the choices.
-    """
-    slugs = list_client_slugs(machine.paths)
-    if text:
-        names = [text]
-        with contextlib.suppress(ConfigError):  # no short name can be made of it: unknown
-            names.append(slug_of(text))
-        slug = next((name for name in names if name in slugs), None)
-        slug = slug or _find_by_uri(machine, text, slugs)
-        if slug is None:
-            raise UnknownNameError.of("client", text, slugs)
-        return slug
-    running = [slug for slug in slugs if machine.host.panes(client_session_name(slug))]
-    if len(running) == 1:
-        return running[0]
-    if not running:
-        raise SessionAbsentError(
-            "no client runs here", hint="zk0bot client start DATASET_URI; zk0bot client list"
-        )
-    raise ConfigError(
-        f"{len(running)} clients run here: {', '.join(running)}", hint="name one of them"
-    )
-
-
-def refuse_unreachable(server: str) -> GatewayHealth:
-    """Raises ServiceError unless a zk0bot server of the same version answers at HOST:PORT."""
-    host, port = _split_address(server)
-    health = find_gateway(host, port)
-    if health is None:
-        raise ServiceError(
-            f"no zk0bot server answers at {server}",
-            hint="zk0bot server start on the server machine; --server HOST:PORT names another",
-        )
-    for what, theirs, ours in (
-        ("zk0bot", health.zk0bot_version, __version__),
-        ("Flower", health.flwr_version, version("flwr")),
-    ):
-        if theirs != ours:
-            raise ServiceError(
-                f"the server at {server} runs {what} {theirs}, this machine {ours}",
-                hint="install the same zk0bot version on both sides",
-            )
-    return health
-
-
-def _find_by_uri(machine: Machine, text: str, slugs: list[str]) -> str | None:
-    for slug in slugs:
-        status = get_client_status(machine.paths, slug, machine.host)
-        if text in (status.dataset_uri, status.name, status.dataset_uri.partition(":")[2]):
-            return slug
-    return None
-
-
-def _refuse_public(config: ServerConfig) -> None:
-    """Raises ConfigError unless the server listens where only this machine reaches it."""
-    try:
-        address = ipaddress.ip_address("127.0.0.1" if config.host == "localhost" else config.host)
-    except ValueError:
-        address = ipaddress.ip_address("0.0.0.0")
-    if address.version != 4 or not address.is_loopback:
-        raise ConfigError(
-            f"host {config.host!r} is not localhost or 127.x.x.x; connections are not encrypted "
-            "yet",
-            hint="use 127.0.0.1 and an SSH tunnel: ssh -L 9092:127.0.0.1:9092 SERVER",
-        )
-    if config.port == config.superlink_port:
-        raise ConfigError(
-            f"port and superlink-port are both {config.port}",
-            hint="set ZK0BOT_PORT and ZK0BOT_SUPERLINK_PORT to different ones",
-        )
-
-
 def _refuse_running(machine: Machine, session: str, message: str, hint: str) -> None:
     if machine.host.panes(session):
         raise SessionExistsError(f"{message} (session {session})", hint=hint)
 
 
-def _refuse_bad_data(config: ClientConfig) -> None:
-    """Raises ConfigError for what is known to be wrong before anything starts."""
-    read_episodes(config.episodes)
-    uri = parse_dataset_uri(config.dataset_uri)
-    if uri.kind == "local" and not Path(uri.value).expanduser().is_dir():
-        raise ConfigError(
-            f"there is no folder {uri.value}", hint="local:/path is a LeRobotDataset's folder"
-        )
-    if uri.kind == "sim":
-        task, known = uri.value.partition("?")[0], list_simulated_tasks()
-        if task not in known:
-            raise UnknownNameError.of("simulated task", task, known)
+def refuse_running_client(machine: Machine, slug: str) -> None:
+    """Raises SessionExistsError while this client runs."""
+    _refuse_running(
+        machine,
+        client_session_name(slug),
+        f"client {slug!r} is already running",
+        f"zk0bot client stop {slug}, or start another one with --name",
+    )
 
 
-def _split_address(server: str) -> tuple[str, int]:
-    host, colon, port = server.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"server {server!r} is not HOST:PORT", hint="such as 127.0.0.1:9092")
-    return host, int(port)
+def note(service_dir: Path, event: str, **details: str | bool) -> None:
+    """Write what the person at this terminal did into a service's audit log."""
+    AuditLog(audit_dir(service_dir)).append(event, enrolment.OPERATOR, **details)
 
 
 def _promised_ports(machine: Machine) -> list[int]:
@@ -363,9 +250,11 @@ def _promised_ports(machine: Machine) -> list[int]:
     return [port for spec in specs if machine.host.panes(spec.name) for port in spec.ports]
 
 
-def _prepare_server(machine: Machine, spec: SessionSpec) -> None:
-    """A clean slate for the processes; records of runs stay."""
+def _prepare_server(machine: Machine, spec: SessionSpec, config: ServerConfig) -> None:
+    """A clean slate for the processes; records of runs, nodes and certificates stay."""
     paths = machine.paths
+    _prepare_public_tls(paths, config)
+    paths.presence.unlink(missing_ok=True)
     record.close_active_runs(paths, "failed", "the server went away")
     for suffix in ("", "-wal", "-shm"):
         database = superlink_database(paths)
@@ -374,6 +263,19 @@ def _prepare_server(machine: Machine, spec: SessionSpec) -> None:
     private_dir(paths.evaluator_dir)
     trainer_state(paths.evaluator_dir).unlink(missing_ok=True)
     _prepare(machine, spec)
+    write_json(enrolment.server_config(paths), config, mode=0o600)
+    note(paths.server_dir, "server-started", address=config.address, insecure=config.insecure)
+
+
+def _prepare_public_tls(paths: Paths, config: ServerConfig) -> None:
+    """The certificate of the public port, checked or made. Raises ConfigError naming the file."""
+    private_dir(paths.server_dir)
+    if config.tls_cert:
+        read_own_certificate(Path(config.tls_cert), Path(config.tls_key))
+    elif not config.insecure:
+        ensure_authority(paths.tls_dir)
+        ensure_certificate(paths.tls_dir, enrolment.certificate_hosts(config))
+        refuse_exposed(paths.tls_dir, paths.tls_dir / "ca.key", paths.tls_dir / "server.key")
 
 
 def _prepare_client(machine: Machine, spec: SessionSpec, config: ClientConfig) -> None:
@@ -381,6 +283,9 @@ def _prepare_client(machine: Machine, spec: SessionSpec, config: ClientConfig) -
     for path in (trainer_state(spec.dir), link_state(spec.dir), node_progress(spec.dir)):
         path.unlink(missing_ok=True)
     write_json(client_config(spec.dir), config, mode=0o600)
+    identity = identity_dir(spec.dir)
+    refuse_exposed(identity, identity / "node.key")
+    note(spec.dir, "client-started", server=config.server)
 
 
 def _prepare(machine: Machine, spec: SessionSpec) -> None:
@@ -389,6 +294,7 @@ def _prepare(machine: Machine, spec: SessionSpec) -> None:
     private_dir(logs_dir(spec.dir))
     shutil.rmtree(flower_home(spec.dir), ignore_errors=True)
     private_dir(flower_home(spec.dir))
+    make_loopback(loopback_dir(spec.dir))
     supervisor_path(spec.dir).unlink(missing_ok=True)
     write_json(session_path(spec.dir), spec, mode=0o600)
     write_json(secrets_path(spec.dir), dict(machine.secrets), mode=0o600)
@@ -405,19 +311,14 @@ def _open_server(machine: Machine, config: ServerConfig, begun: list[SessionSpec
                  "with ZK0BOT_PORT and ZK0BOT_SUPERLINK_PORT")  # fmt: skip
     spec = _identify(server_session(machine.paths, config, machine.surroundings))
     begun.append(spec)
-    _prepare_server(machine, spec)
+    _prepare_server(machine, spec, config)
     _open(machine, spec)
 
 
 def _open_client(
     machine: Machine, slug: str, config: ClientConfig, begun: list[SessionSpec]
 ) -> None:
-    _refuse_running(
-        machine,
-        client_session_name(slug),
-        f"client {slug!r} is already running",
-        f"zk0bot client stop {slug}, or start another one with --name",
-    )
+    refuse_running_client(machine, slug)
     _clear_leftovers(machine.paths.client_dir(slug))
     egress_port, runtime_port = free_ports(config.first_port, 2, _promised_ports(machine))
     ports = {"egress_port": egress_port, "runtime_port": runtime_port}
@@ -440,7 +341,7 @@ def _open(machine: Machine, spec: SessionSpec) -> None:
 def _await_client(
     machine: Machine, spec: SessionSpec, config: ClientConfig, on_wait: OnWait
 ) -> None:
-    checks = (_check_trainer("trainer", spec.dir), _check_link(spec.dir, config.server))
+    checks = (_check_trainer("trainer", spec.dir), _check_link(spec.dir, spec.address))
     _finish_start(machine, spec, checks, config.start_deadline_s, on_wait)
 
 

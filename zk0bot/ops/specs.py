@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from zk0bot.config.models import ClientConfig, ServerConfig
-from zk0bot.config.paths import Paths
+from zk0bot.config.paths import Paths, identity_dir, loopback_dir
 from zk0bot.records import Record
 
 SUPERVISOR = "supervisor"
@@ -60,6 +60,8 @@ class SessionSpec(Record):
     """Listened on. Server: gateway, SuperLink. Client: egress hop, SuperNode."""
     address: str
     """HOST:PORT that clients reach: this server's, or the one a client connects to."""
+    is_insecure: bool = False
+    """The public hop is plain HTTP, on loopback."""
     processes: tuple[ProcessSpec, ...]
     """In start order; the supervisor is the last."""
     start_id: str = ""
@@ -127,25 +129,29 @@ def server_session(paths: Paths, config: ServerConfig, machine: Surroundings) ->
     """The server's processes."""
     build = _Builder(paths=paths, dir=paths.server_dir, machine=machine)
     superlink = f"127.0.0.1:{config.superlink_port}"
+    loopback = _Loopback(loopback_dir(paths.server_dir))
     processes = (
-        build.flower(
+        build.ours(
             "superlink",
-            "flower-superlink",
-            *("--insecure", "--isolation", "process"),
+            "zk0bot.federation.superlink",
+            *("--secret-file", loopback.secret, "--isolation", "process"),
             *("--host", "127.0.0.1", "--port", str(config.superlink_port)),
-            *("--database", str(superlink_database(paths))),
+            *("--database", str(superlink_database(paths)), "--enable-supernode-auth"),
+            *("--ssl-ca-certfile", loopback.ca, "--ssl-certfile", loopback.certificate),
+            *("--ssl-keyfile", loopback.key, "--superexec-auth-secret-file", loopback.secret),
             "--disable-runtime-dependency-installation",
         ),
-        build.flower(
+        build.ours(
             "serverapp",
-            "flower-superexec",
-            *("--insecure", "--runtime-api-address", superlink),
+            "zk0bot.federation.superexec",
+            *("--root-certificates", loopback.ca, "--runtime-api-address", superlink),
+            *("--superexec-auth-secret-file", loopback.secret),
         ),
         build.ours(
             "gateway",
             "zk0bot.gateway.server",
-            *("--host", config.host, "--port", str(config.port)),
-            *("--superlink", superlink, "--progress-dir", str(paths.progress_dir)),
+            *("--host", config.listen_host, "--port", str(config.port)),
+            *("--superlink", superlink, "--dir", str(paths.server_dir), *_public_tls(config)),
         ),
         build.trainer("evaluator", paths.evaluator_dir, "server"),
         build.supervisor(),
@@ -157,7 +163,8 @@ def server_session(paths: Paths, config: ServerConfig, machine: Surroundings) ->
         root=paths.root,
         dir=paths.server_dir,
         ports=(config.port, config.superlink_port),
-        address=f"{config.host}:{config.port}",
+        address=config.address,
+        is_insecure=config.insecure,
         processes=processes,
     )
 
@@ -171,23 +178,26 @@ def client_session(
     egress_port: int,
     runtime_port: int,
 ) -> SessionSpec:
-    """One client's processes."""
+    """One client's processes; its ``config.server`` is the server that it is enrolled at."""
     service_dir = paths.client_dir(slug)
+    loopback = _Loopback(loopback_dir(service_dir))
     build = _Builder(paths=paths, dir=service_dir, machine=machine)
     processes = (
         build.trainer("trainer", service_dir, "node"),
         build.ours(
             "egress",
             "zk0bot.gateway.egress",
-            *("--dir", str(service_dir), "--port", str(egress_port), "--upstream", config.server),
+            *("--dir", str(service_dir), "--port", str(egress_port)),
         ),
         build.ours(
             "supernode",
             "zk0bot.federation.supernode",
-            *("--insecure", "--superlink", f"127.0.0.1:{egress_port}", "--isolation", "process"),
+            *("--superlink", f"127.0.0.1:{egress_port}", "--root-certificates", loopback.ca),
+            *("--auth-supernode-private-key", str(identity_dir(service_dir) / "node.key")),
+            *("--superexec-auth-secret-file", loopback.secret, "--isolation", "process"),
             *("--host", "127.0.0.1", "--port", str(runtime_port)),
         ),
-        build.clientapp(f"127.0.0.1:{runtime_port}"),
+        build.clientapp(f"127.0.0.1:{runtime_port}", loopback.secret),
         build.supervisor(),
     )
     return SessionSpec(
@@ -198,6 +208,7 @@ def client_session(
         dir=service_dir,
         ports=(egress_port, runtime_port),
         address=config.server,
+        is_insecure=config.insecure,
         processes=processes,
     )
 
@@ -210,6 +221,38 @@ def helper_process(
     return build.ours(name, module, *arguments)
 
 
+@dataclass(frozen=True)
+class _Loopback:
+    """Files that a service's own hops trust each other by, as arguments."""
+
+    folder: Path
+
+    @property
+    def ca(self) -> str:
+        return str(self.folder / "ca.crt")
+
+    @property
+    def certificate(self) -> str:
+        return str(self.folder / "server.crt")
+
+    @property
+    def key(self) -> str:
+        return str(self.folder / "server.key")
+
+    @property
+    def secret(self) -> str:
+        return str(self.folder / "secret")
+
+
+def _public_tls(config: ServerConfig) -> tuple[str, ...]:
+    """How the gateway's public port is protected."""
+    if config.insecure:
+        return ("--insecure",)
+    if config.tls_cert:
+        return ("--tls-cert", config.tls_cert, "--tls-key", config.tls_key)
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Builder:
     """Builds the processes of one service."""
@@ -218,9 +261,6 @@ class _Builder:
     dir: Path
     machine: Surroundings
 
-    def flower(self, name: str, program: str, *arguments: str) -> ProcessSpec:
-        return self._process(name, (str(self._bin_dir / program), *arguments))
-
     def ours(self, name: str, module: str, *arguments: str) -> ProcessSpec:
         return self._process(name, (str(self.machine.python), "-m", module, *arguments))
 
@@ -228,11 +268,12 @@ class _Builder:
         spec = self.ours(name, "zk0bot.training.trainer", "--dir", str(private_dir), "--role", role)
         return spec.model_copy(update={"secrets_path": secrets_path(self.dir)})
 
-    def clientapp(self, runtime_api: str) -> ProcessSpec:
+    def clientapp(self, runtime_api: str, secret: str) -> ProcessSpec:
         spec = self.ours(
             "clientapp",
             "zk0bot.federation.superexec",
             *("--insecure", "--runtime-api-address", runtime_api),
+            *("--superexec-auth-secret-file", secret),
         )
         return spec.model_copy(update={"env": {**spec.env, "ZK0BOT_CLIENT_DIR": str(self.dir)}})
 

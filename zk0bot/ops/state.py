@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from zk0bot.config.models import ClientConfig
-from zk0bot.config.paths import Paths, client_config, link_state, trainer_state
+from zk0bot.config.paths import Paths, client_config, identity_dir, link_state, trainer_state
 from zk0bot.files import read_record
 from zk0bot.ops.host import Host, Pane
 from zk0bot.ops.process import is_alive, started_at
@@ -21,7 +21,7 @@ from zk0bot.ops.specs import (
     session_path,
     supervisor_path,
 )
-from zk0bot.records import LinkState, Record, RunRecord, TrainerState, now
+from zk0bot.records import LinkState, Membership, Record, RunRecord, TrainerState, now
 
 WIDTH = 80
 """Columns that every text view keeps to."""
@@ -75,13 +75,16 @@ class ServerStatus(Record):
     session: str
     address: str = ""
     """HOST:PORT that clients reach; empty when there is no server."""
+    is_insecure: bool = False
+    """Plain HTTP on loopback, without join codes."""
     dir: str
     services: list[ServiceStatus] = Field(default_factory=list)
 
     def to_text(self) -> str:
         if self.state == "stopped":
             return "server: not running"
-        lines = [f"server: {self.state}, clients connect to {self.address}"]
+        plain = " (plain HTTP)" if self.is_insecure else ""
+        lines = [f"server: {self.state}, clients connect to {self.address}{plain}"]
         return "\n".join(lines + [service.to_text() for service in self.services])
 
 
@@ -95,6 +98,8 @@ class ClientStatus(Record):
     name: str = ""
     dataset_uri: str = ""
     server: str = ""
+    node: str = ""
+    """Name under which this client is enrolled at the server; empty: it has not joined one."""
     dir: str
     trainer: str = ""
     """What the trainer does: loading, ready, working, failed."""
@@ -110,7 +115,7 @@ class ClientStatus(Record):
         head = f"client {self.client}: {self.state}"
         if self.state == "stopped":
             return wrap_line(f"{head}  ({self.dataset_uri})")
-        link = f"connected to {self.server}" if self.connected else self._disconnected()
+        link = self._connected() if self.connected else self._disconnected()
         doing = f"{self.trainer}, {self.detail}" if self.detail else self.trainer
         facts = {"data": self.dataset_uri, "link": link, "trainer is": doing or "absent"}
         lines = [head]
@@ -119,6 +124,9 @@ class ClientStatus(Record):
             for name, fact in facts.items()
         ]
         return "\n".join(lines + [service.to_text() for service in self.services])
+
+    def _connected(self) -> str:
+        return f"connected to {self.server} as {self.node}"
 
     def _disconnected(self) -> str:
         reason = f": {self.link_error}" if self.link_error else ""
@@ -166,6 +174,7 @@ def get_server_status(paths: Paths, host: Host) -> ServerStatus:
         state=_session_state(services),
         session=spec.name,
         address=spec.address,
+        is_insecure=spec.is_insecure,
         dir=str(paths.server_dir),
         services=services,
     )
@@ -182,6 +191,7 @@ def get_client_status(paths: Paths, slug: str, host: Host) -> ClientStatus:
         name=config.name,
         dataset_uri=config.dataset_uri,
         server=config.server,
+        node=_node_name(service_dir),
         dir=str(service_dir),
     )
     spec = find_session(service_dir)
@@ -256,6 +266,11 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
 
 
+def format_age(moment: datetime) -> str:
+    """How long ago ``moment`` was, as ``format_duration`` gives it."""
+    return format_duration(max(0.0, (now() - moment).total_seconds()))
+
+
 def format_bytes(count: int) -> str:
     """``812 B``, ``1.3 MB``; powers of ten."""
     size = float(count)
@@ -326,6 +341,11 @@ def _link_values(service_dir: Path) -> dict[str, object]:
         "bytes_up": link.bytes_up,
         "bytes_down": link.bytes_down,
     }
+
+
+def _node_name(service_dir: Path) -> str:
+    membership = _find(identity_dir(service_dir) / "membership.json", Membership)
+    return membership.node if membership else ""
 
 
 def _trainer(service_dir: Path) -> dict[str, object]:

@@ -37,8 +37,19 @@ def test_help_lists_every_command_and_the_exit_statuses() -> None:
 
 
 GROUPS = {
-    "server": ("start", "stop", "status", "logs", "attach"),
-    "client": ("start", "stop", "status", "logs", "attach", "list"),
+    "server": (
+        "start",
+        "stop",
+        "status",
+        "logs",
+        "attach",
+        "invite",
+        "invites",
+        "nodes",
+        "revoke",
+        "rotate-ca",
+    ),
+    "client": ("start", "stop", "status", "logs", "attach", "list", "leave", "forget"),
 }
 EVERY_COMMAND = [
     *([name] for name in COMMANDS),
@@ -65,7 +76,7 @@ def test_help_says_what_arguments_and_limits_are() -> None:
     start = help_of("client", "start")
     assert "[DATASET_URI] hf:owner/name, owner/name, local:/path, sim:TASK, or a name" in start
     assert start.count("local:/path") == 1
-    assert "--server HOST:PORT Default: 127.0.0.1:9092." in start
+    assert "--join CODE Join code of zk0bot server invite; - reads it." in start
     for name in ("stop", "status", "logs", "attach"):
         assert "[CLIENT] Name or dataset URI; not needed when one runs." in help_of("client", name)
     assert "Rounds of training and aggregation. [x>=1]" in help_of("run")

@@ -50,9 +50,13 @@ def ports(free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> tupl
     port, superlink_port = free_port(), free_port()
     monkeypatch.setenv("ZK0BOT_PORT", str(port))
     monkeypatch.setenv("ZK0BOT_SUPERLINK_PORT", str(superlink_port))
-    monkeypatch.setenv("ZK0BOT_SERVER", f"127.0.0.1:{port}")
     monkeypatch.setenv("ZK0BOT_FIRST_PORT", str(free_port()))
     return port, superlink_port
+
+
+def joining(terminal: Terminal) -> tuple[str, str]:
+    """The option with which a client joins the server of this test."""
+    return "--join", json.loads(terminal("server", "invite", "--json").stdout)["code"]
 
 
 def test_status_of_a_machine_where_nothing_runs(terminal: Terminal) -> None:
@@ -101,11 +105,11 @@ def test_a_dead_process_shows_its_exit_status(terminal: Terminal, ports: tuple[i
 
 def test_client_start_list_status_stop(terminal: Terminal, ports: tuple[int, int]) -> None:
     terminal("server", "start")
-    started = terminal("client", "start", "touch-red", "--name", "Red Arm")
+    started = terminal("client", "start", "touch-red", "--name", "Red Arm", *joining(terminal))
     assert started.stdout == (
         "client red-arm: running\n"
         "  data        sim:touch-red\n"
-        f"  link        connected to 127.0.0.1:{ports[0]}\n"
+        f"  link        connected to 127.0.0.1:{ports[0]} as Red Arm\n"
         "  trainer is  ready\n"
         "  trainer     running  pid 4000006\n"
         "  egress      running  pid 4000007\n"
@@ -123,7 +127,7 @@ def test_client_start_list_status_stop(terminal: Terminal, ports: tuple[int, int
 def test_several_clients_have_to_be_named(terminal: Terminal, ports: tuple[int, int]) -> None:
     terminal("server", "start")
     for color in ("red", "green"):
-        terminal("client", "start", f"sim:touch-{color}")
+        terminal("client", "start", f"sim:touch-{color}", *joining(terminal))
     result = terminal("client", "status", "--json")
     assert result.exit_code == 2
     assert json.loads(result.stdout) == {
@@ -140,7 +144,7 @@ def test_client_flags_reach_the_configuration(
 ) -> None:
     terminal("server", "start")
     flags = ["--episodes", "0-3", "--revision", "v1", "--rename", "top=front", "--device", "cpu"]
-    terminal("client", "start", "owner/name", "--name", "x", *flags)
+    terminal("client", "start", "owner/name", "--name", "x", *flags, *joining(terminal))
     saved = json.loads((home / ".zk0bot" / "clients" / "x" / "client.json").read_text())
     assert (saved["dataset_uri"], saved["episodes"], saved["revision"]) == (
         "hf:owner/name",
@@ -185,17 +189,65 @@ def test_what_the_trainer_refuses_keeps_its_code_and_status(
             write_json(trainer_state(process.cwd), state)
 
     terminal.host.play(refuse)
-    result = terminal("client", "start", "sim:touch-red", "--episodes", "900", "--json")
+    options = ("--episodes", "900", "--json", *joining(terminal))
+    result = terminal("client", "start", "sim:touch-red", *options)
     error = json.loads(result.stdout)["error"]
     assert (result.exit_code, error["code"]) == (2, "bad_config")
     assert error["message"] == "episodes are not all there"
 
 
-def test_a_public_host_is_refused_with_the_way_out(terminal: Terminal) -> None:
-    result = terminal("server", "start", "--set", "host=0.0.0.0", "--json")
+def test_plain_http_in_public_is_refused_with_the_way_out(terminal: Terminal) -> None:
+    result = terminal("server", "start", "--host", "192.0.2.1", "--insecure", "--json")
     error = json.loads(result.stdout)["error"]
     assert (result.exit_code, error["code"]) == (2, "bad_config")
-    assert "ssh -L 9092" in error["hint"]
+    assert error["hint"] == "leave out --insecure"
+
+
+def test_a_client_without_a_join_code_is_told_the_next_step(
+    terminal: Terminal, ports: tuple[int, int]
+) -> None:
+    terminal("server", "start")
+    result = terminal("client", "start", "sim:touch-red")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "client 'sim-touch-red' has not joined a server" in result.stderr
+    assert "zk0bot server invite" in result.stderr
+
+
+def test_nodes_are_invited_listed_revoked_and_leave(
+    terminal: Terminal, ports: tuple[int, int], home: Path
+) -> None:
+    assert terminal("server", "invite").stderr.startswith("error: there is no server on this mach")
+    terminal("server", "start")
+    assert terminal("server", "nodes").stdout.startswith("no node has enrolled; ")
+    invite = terminal("server", "invite", "--name", "kitchen", "--expires", "2h", "--uses", "1")
+    line, *notes = invite.stdout.splitlines()
+    assert line.startswith("zk0bot client start DATASET --join zk0-")
+    assert max(map(len, notes)) <= 80
+    assert "kitchen" in terminal("server", "invites").stdout
+    code = line.split()[-1]
+    assert terminal("client", "start", "touch-red", "--join", code).exit_code == 0
+    assert terminal("server", "invites").stdout.startswith("no open invites")
+    nodes = json.loads(terminal("server", "nodes", "--json").stdout)["nodes"]
+    assert [(node["name"], node["state"]) for node in nodes] == [("kitchen", "away")]
+    assert max(map(len, terminal("server", "nodes").stdout.splitlines())) <= 80
+    terminal("client", "stop")
+    assert terminal("client", "start", "touch-red").exit_code == 0, "no code is needed again"
+    again = terminal("client", "start", "touch-green", "--join", code)
+    assert (again.exit_code, again.stdout) == (1, "")
+    assert "used" in again.stderr
+    assert terminal("server", "revoke", "kitchn").stderr == (
+        "error: unknown node 'kitchn'\nhint: did you mean 'kitchen'?\n"
+    )
+    assert "revoked" in terminal("server", "revoke", "kitchen").stdout
+    left = terminal("client", "leave", "touch-red")
+    assert left.exit_code == 0, left.stderr
+    client_dir = home / ".zk0bot" / "clients" / "sim-touch-red"
+    assert not (client_dir / "identity").exists()
+    assert terminal("client", "forget", "touch-red").exit_code == 0
+    assert not client_dir.exists()
+    events = [json.loads(line)["event"] for line in
+              (home / ".zk0bot/server/audit/audit.jsonl").read_text().splitlines()]  # fmt: skip
+    assert events == ["server-started", "invite-made", "node-revoked"]
 
 
 def test_logs_of_a_service_as_text_and_json(terminal: Terminal, home: Path) -> None:

@@ -23,7 +23,7 @@ from zk0bot.ops.demo import (
 )
 from zk0bot.ops.demo_plan import DemoOptions
 from zk0bot.ops.host import Pane
-from zk0bot.ops.services import Machine
+from zk0bot.ops.machine import Machine
 from zk0bot.ops.specs import ProcessSpec, SessionSpec, Surroundings, helper_process
 from zk0bot.records import RunRecord, Verdict
 from zk0bot.report.comparison import PolicyScore

@@ -12,9 +12,10 @@ from fake_host import FakeHost, build_fake_machine
 from zk0bot.config.models import RunConfig, ServerConfig
 from zk0bot.errors import RunError, ServiceError, SessionAbsentError
 from zk0bot.files import write_json
+from zk0bot.ops.machine import Machine
+from zk0bot.ops.overview import get_status
 from zk0bot.ops.record import get_run, save_run
 from zk0bot.ops.runs import stop_run, submit_run, watch
-from zk0bot.ops.services import Machine, get_status
 from zk0bot.ops.specs import server_session, session_path
 from zk0bot.records import RunRecord
 

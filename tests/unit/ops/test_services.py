@@ -21,22 +21,18 @@ from zk0bot.errors import (
     SessionExistsError,
     TrainerError,
     UnknownNameError,
+    Zk0Error,
 )
 from zk0bot.files import read_json, write_json
+from zk0bot.ops import enrolment
+from zk0bot.ops.machine import Machine
+from zk0bot.ops.naming import find_client, slug_of
 from zk0bot.ops.record import get_run, save_run
-from zk0bot.ops.services import (
-    Machine,
-    find_client,
-    slug_of,
-    start_client,
-    start_server,
-    stop_client,
-    stop_server,
-    stop_services,
-)
+from zk0bot.ops.services import start_client, start_server, stop_client, stop_server, stop_services
 from zk0bot.ops.specs import ProcessSpec, SessionSpec
 from zk0bot.ops.state import find_session
 from zk0bot.records import RunRecord, TrainerState
+from zk0bot.trust.certificates import describe_certificate
 
 FreePort = Callable[[], int]
 
@@ -97,10 +93,29 @@ def test_a_port_in_use_is_refused_before_anything_starts(
     assert host.started == []
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0", "192.168.1.4", "robot.example", "::1", ""])
-def test_a_public_address_is_refused(tmp_path: Path, address: str) -> None:
-    with pytest.raises(ConfigError, match="not encrypted yet"):
+@pytest.mark.parametrize("address", ["0.0.0.0", "192.168.1.4", "10.0.0.1"])
+def test_plain_http_at_a_public_address_is_refused(tmp_path: Path, address: str) -> None:
+    config = ServerConfig(host=address, insecure=True)
+    with pytest.raises(ConfigError, match="encrypts nothing"):
+        start_server(build_fake_machine(tmp_path, FakeHost()), config, ignore)
+
+
+@pytest.mark.parametrize("address", ["robot.example", "::1", "1.2.3"])
+def test_an_address_that_cannot_be_listened_on_is_refused(tmp_path: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match="is not an IPv4 address of this machine"):
         start_server(build_fake_machine(tmp_path, FakeHost()), ServerConfig(host=address), ignore)
+
+
+def test_a_public_server_has_a_certificate_for_its_names(
+    tmp_path: Path, free_port: FreePort
+) -> None:
+    config = build_config(free_port, public_hosts=("robots.example", "192.0.2.7"))
+    with fake_processes() as processes:
+        machine = build_fake_machine(tmp_path, FakeHost(processes))
+        status = start_server(machine, config, ignore)
+    assert status.address == f"robots.example:{config.port}"
+    names = describe_certificate(tmp_path / "server" / "tls" / "server.crt").names
+    assert {"robots.example", "192.0.2.7", "127.0.0.1", "localhost"} <= set(names)
 
 
 def test_one_port_for_two_is_refused(tmp_path: Path) -> None:
@@ -119,7 +134,9 @@ def test_all_services_are_stopped_together(tmp_path: Path, free_port: FreePort) 
         machine = build_fake_machine(tmp_path, host)
         start_server(machine, config, ignore)
         for name in ("red", "green"):
-            start_with_gateway(machine, config.port, name=name)
+            code = enrolment.invite(machine.paths, name=name, uses=1, expires="1h").code
+            client = ClientConfig(dataset_uri="sim:touch-red", name=name)
+            start_client(machine, client, ignore, join_code=code)
         save_run(machine.paths, RunRecord(run_id="a", num_rounds=2, state="running"))
         reports = stop_services(machine)
     assert {report.session for report in reports} == {
@@ -196,16 +213,16 @@ def test_a_run_of_a_server_that_went_away_has_failed(tmp_path: Path, free_port: 
 def start_with_gateway(
     machine: Machine, port: int, uri: str = "sim:touch-red", **values: object
 ) -> None:
-    config = ClientConfig.model_validate(
-        {"server": f"127.0.0.1:{port}", "dataset_uri": uri, "start_deadline_s": 5, **values}
-    )
+    """Start a client of a server that runs with ``insecure`` on ``port``."""
+    own = {"server": f"127.0.0.1:{port}", "dataset_uri": uri, "insecure": True}
+    config = ClientConfig.model_validate({**own, "start_deadline_s": 5, **values})
     start_client(machine, config, ignore)
 
 
 def test_clients_get_ports_of_their_own(tmp_path: Path, free_port: FreePort) -> None:
     port = free_port()
     with fake_processes() as processes:
-        processes.listen(port)
+        processes.listen(port, tmp_path / "server")
         machine = build_fake_machine(tmp_path, FakeHost(processes))
         first = free_port()
         start_with_gateway(machine, port, name="Red Arm", first_port=first)
@@ -232,7 +249,7 @@ def test_the_trainers_own_reason_is_the_error(tmp_path: Path, free_port: FreePor
 
     port = free_port()
     with fake_processes() as processes:
-        processes.listen(port)
+        processes.listen(port, tmp_path / "server")
         host = FakeHost(fail)
         with pytest.raises(TrainerError, match=r"videos/a.mp4 is missing") as caught:
             start_with_gateway(build_fake_machine(tmp_path, host), port)
@@ -242,14 +259,14 @@ def test_the_trainers_own_reason_is_the_error(tmp_path: Path, free_port: FreePor
 
 def test_a_server_that_does_not_answer_is_named(tmp_path: Path, free_port: FreePort) -> None:
     port = free_port()
-    with pytest.raises(ServiceError, match=f"no zk0bot server answers at 127.0.0.1:{port}"):
+    with pytest.raises(Zk0Error, match=f"the server at 127.0.0.1:{port} is not reached"):
         start_with_gateway(build_fake_machine(tmp_path, FakeHost()), port)
 
 
 def test_another_version_on_the_server_is_refused(tmp_path: Path, free_port: FreePort) -> None:
     port = free_port()
     with fake_processes(zk0bot_version="9.9.9") as processes:
-        processes.listen(port)
+        processes.listen(port, tmp_path / "server")
         with pytest.raises(ServiceError, match=r"runs zk0bot 9\.9\.9, this machine"):
             start_with_gateway(build_fake_machine(tmp_path, FakeHost()), port)
 
@@ -257,7 +274,7 @@ def test_another_version_on_the_server_is_refused(tmp_path: Path, free_port: Fre
 def test_another_flower_on_the_server_is_refused(tmp_path: Path, free_port: FreePort) -> None:
     port = free_port()
     with fake_processes(flwr_version="1.40.0") as processes:
-        processes.listen(port)
+        processes.listen(port, tmp_path / "server")
         host = FakeHost()
         with pytest.raises(ServiceError, match=r"runs Flower 1\.40\.0, this machine") as caught:
             start_with_gateway(build_fake_machine(tmp_path, host), port)
@@ -277,7 +294,7 @@ def test_something_else_on_the_servers_port_is_named(tmp_path: Path) -> None:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        with pytest.raises(ServiceError, match="is not a zk0bot server"):
+        with pytest.raises(Zk0Error, match="is no zk0bot server"):
             start_with_gateway(build_fake_machine(tmp_path, FakeHost()), server.server_port)
         server.shutdown()
 
@@ -289,10 +306,10 @@ def test_a_missing_local_folder_is_refused_at_once(tmp_path: Path, free_port: Fr
         )
 
 
-@pytest.mark.parametrize("server", ["here", ":9092", "a:b", "a:0", "a:70000"])
-def test_an_address_that_is_none_is_refused(tmp_path: Path, server: str) -> None:
-    config = ClientConfig(server=server, dataset_uri="sim:touch-red")
-    with pytest.raises(ConfigError, match="is not HOST:PORT"):
+@pytest.mark.parametrize("server", ["here", ":9092", "a:b", "192.0.2.1:9092", "localhost:x"])
+def test_an_address_for_plain_http_must_be_of_this_machine(tmp_path: Path, server: str) -> None:
+    config = ClientConfig(server=server, dataset_uri="sim:touch-red", insecure=True)
+    with pytest.raises(ConfigError, match=r"is not an address of this machine|is not HOST:PORT"):
         start_client(build_fake_machine(tmp_path, FakeHost()), config, ignore)
 
 
@@ -312,7 +329,7 @@ def test_short_names(text: str, slug: str) -> None:
 def test_a_client_is_found_by_slug_name_uri_or_alone(tmp_path: Path, free_port: FreePort) -> None:
     port = free_port()
     with fake_processes() as processes:
-        processes.listen(port)
+        processes.listen(port, tmp_path / "server")
         machine = build_fake_machine(tmp_path, FakeHost(processes))
         with pytest.raises(SessionAbsentError, match="no client runs here"):
             find_client(machine, None)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from zk0bot.config.models import ClientConfig, ServerConfig
 from zk0bot.config.paths import Paths
 from zk0bot.ops.specs import (
@@ -30,30 +32,56 @@ def command_lines(spec: SessionSpec) -> dict[str, str]:
 
 
 def test_the_server_has_five_processes() -> None:
+    loopback = "/state/server/loopback"
     assert command_lines(build_server()) == {
-        "superlink": "/venv/bin/flower-superlink --insecure --isolation process "
-        "--host 127.0.0.1 --port 9091 --database /state/server/superlink.db "
+        "superlink": "/venv/bin/python -m zk0bot.federation.superlink "
+        f"--secret-file {loopback}/secret --isolation process --host 127.0.0.1 --port 9091 "
+        "--database /state/server/superlink.db --enable-supernode-auth "
+        f"--ssl-ca-certfile {loopback}/ca.crt --ssl-certfile {loopback}/server.crt "
+        f"--ssl-keyfile {loopback}/server.key --superexec-auth-secret-file {loopback}/secret "
         "--disable-runtime-dependency-installation",
-        "serverapp": "/venv/bin/flower-superexec --insecure --runtime-api-address 127.0.0.1:9091",
+        "serverapp": "/venv/bin/python -m zk0bot.federation.superexec "
+        f"--root-certificates {loopback}/ca.crt --runtime-api-address 127.0.0.1:9091 "
+        f"--superexec-auth-secret-file {loopback}/secret",
         "gateway": "/venv/bin/python -m zk0bot.gateway.server --host 127.0.0.1 --port 9092 "
-        "--superlink 127.0.0.1:9091 --progress-dir /state/server/progress",
+        "--superlink 127.0.0.1:9091 --dir /state/server",
         "evaluator": "/venv/bin/python -m zk0bot.training.trainer "
         "--dir /state/server/evaluator --role server",
         "supervisor": "/venv/bin/python -m zk0bot.ops.supervisor --dir /state/server",
     }
 
 
+@pytest.mark.parametrize(
+    ("settings", "ending"),
+    [
+        ({"insecure": True}, "--host 127.0.0.1 --port 9092 ... --insecure"),
+        ({"public_hosts": ("a.example",)}, "--host 0.0.0.0 --port 9092 ..."),
+        (
+            {"tls_cert": "/c.pem", "tls_key": "/k.pem"},
+            "--host 127.0.0.1 --port 9092 ... --tls-cert /c.pem --tls-key /k.pem",
+        ),
+    ],
+)
+def test_the_gateway_gets_its_protection(settings: dict[str, object], ending: str) -> None:
+    config = ServerConfig.model_validate(settings)
+    spec = server_session(Paths(ROOT), config, MACHINE)
+    own = "--superlink 127.0.0.1:9091 --dir /state/server"
+    assert command_lines(spec)["gateway"].endswith(ending.replace("...", own))
+
+
 def test_a_client_has_five_processes() -> None:
+    red = "/state/clients/red"
     assert command_lines(build_client()) == {
-        "trainer": "/venv/bin/python -m zk0bot.training.trainer "
-        "--dir /state/clients/red --role node",
-        "egress": "/venv/bin/python -m zk0bot.gateway.egress --dir /state/clients/red "
-        "--port 8080 --upstream 10.0.0.1:9092",
-        "supernode": "/venv/bin/python -m zk0bot.federation.supernode --insecure "
-        "--superlink 127.0.0.1:8080 --isolation process --host 127.0.0.1 --port 8081",
+        "trainer": f"/venv/bin/python -m zk0bot.training.trainer --dir {red} --role node",
+        "egress": f"/venv/bin/python -m zk0bot.gateway.egress --dir {red} --port 8080",
+        "supernode": "/venv/bin/python -m zk0bot.federation.supernode "
+        f"--superlink 127.0.0.1:8080 --root-certificates {red}/loopback/ca.crt "
+        f"--auth-supernode-private-key {red}/identity/node.key "
+        f"--superexec-auth-secret-file {red}/loopback/secret "
+        "--isolation process --host 127.0.0.1 --port 8081",
         "clientapp": "/venv/bin/python -m zk0bot.federation.superexec --insecure "
-        "--runtime-api-address 127.0.0.1:8081",
-        "supervisor": "/venv/bin/python -m zk0bot.ops.supervisor --dir /state/clients/red",
+        f"--runtime-api-address 127.0.0.1:8081 --superexec-auth-secret-file {red}/loopback/secret",
+        "supervisor": f"/venv/bin/python -m zk0bot.ops.supervisor --dir {red}",
     }
 
 
