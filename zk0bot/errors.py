@@ -7,6 +7,7 @@ Zk0Error                     1
 ├── DataError                1  a dataset that is damaged, missing or does not fit the policy
 ├── ModelError               1  weights or a policy folder that cannot be used
 │   ├── MemoryShortError     1  a policy that does not fit into the device's memory
+│   ├── ModelNotAllowedError 1  a model that a node's owner has not allowed a server to name
 │   └── DivergedError        1  training that ended in NaN or Inf
 ├── ServiceError             1  a process that does not start, answer or stop
 │   ├── SessionExistsError   1  started twice
@@ -83,6 +84,10 @@ class ModelError(Zk0Error):
 
 class MemoryShortError(ModelError):
     code = "out_of_memory"
+
+
+class ModelNotAllowedError(ModelError):
+    code = "model_not_allowed"
 
 
 class DivergedError(ModelError):
