@@ -167,6 +167,8 @@ def load_client(sources: Sources, env: Mapping[str, str] | None = None) -> Loade
     values |= _merge(_layers(sources, "client", ClientConfig, environment))
     values["dataset_uri"] = resolve_dataset(values.get("dataset_uri", ""))
     config = _validate(ClientConfig, values)
+    folders = tuple(str(Path(name).expanduser().absolute()) for name in config.model_folders)
+    config = config.model_copy(update={"model_folders": folders})
     return Loaded(config=config, notices=notices)
 
 
