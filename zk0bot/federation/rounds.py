@@ -141,7 +141,7 @@ class Federation:
             asked=len(chosen),
             accepted=len(replies.accepted),
             needed=self.config.min_fit_clients,
-            refused=collector.failure_lines(replies),
+            refused={self.cohort.members[n].name: why for n, why in replies.failures.items()},
         )
         self._require_quorum(round_, chosen, replies)
         self.log.enter("aggregating")

@@ -1,15 +1,16 @@
 """The record of one run on disk, and who has asked to stop it."""
 
+import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 
 from zk0bot.config.paths import Paths, audit_dir
 from zk0bot.errors import DataError, RunError
 from zk0bot.files import read_record, write_json
 from zk0bot.records import NodeProgress, RunRecord, Verdict, now
-from zk0bot.trust.audit import AuditLog
+from zk0bot.trust.audit import LONGEST_TEXT, AuditLog
 
 logger = logging.getLogger(__name__)
 WRITE_EVERY_S = 0.25
@@ -52,12 +53,13 @@ class RunLog:
         self.update(at_once=True, phase=phase, **changes)
 
     def close_round(
-        self, round_: int, *, asked: int, accepted: int, needed: int, refused: Sequence[str]
+        self, round_: int, *, asked: int, accepted: int, needed: int, refused: Mapping[str, str]
     ) -> None:
-        """Audit what came of a round, before it counts; ``refused`` are names with reasons.
+        """Audit what came of a round, before it counts; ``refused`` is why, by client name.
 
         Raises DiskError.
         """
+        room = max(20, LONGEST_TEXT // (len(refused) + 1) - 40)  # for each reason beside its name
         self._audit.append(
             "round-closed",
             _ACTOR,
@@ -66,7 +68,7 @@ class RunLog:
             state="accepted" if accepted >= needed else "too few",
             accepted=accepted,
             asked=asked,
-            refused="; ".join(refused),
+            refused=json.dumps({name: why[:room] for name, why in refused.items()}),
         )
 
     def finish(self, verdict: Verdict) -> None:

@@ -44,6 +44,8 @@ WRITER = "zk0bot"
 """Actor of these two."""
 LONGEST_TEXT = 1000
 """Characters of a text in an event; the rest is cut off."""
+MOST_DETAILS = 16
+"""With that, the longest line is within chain.MAX_LINE."""
 _EVENT_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _TAIL = 4096
 """Bytes; nearly every line is shorter."""
@@ -114,6 +116,7 @@ class AuditLog:
         written; nothing of it is in the log then, and what it is about should not be done.
         """
         assert _EVENT_NAME.fullmatch(event), event
+        assert len(details) <= MOST_DETAILS, details
         bounded = {name: _bound(value) for name, value in details.items()}
         try:
             with self._alone():
