@@ -18,6 +18,7 @@ Zk0Error                     1
 ├── DiskError                1  a disk that is full or cannot be written to
 ├── UpdateError              1  an update the server refuses
 ├── ObjectError              1  bytes of a message that are not what they should be
+├── HeldBackError            1  a reply that its node's owner does not let out
 ├── TrustError               1  a peer, key or certificate that is not the one expected
 │   ├── KeyRefusedError      1  a request that is not signed by the key it names
 │   └── EnrolRefusedError    1  a node that may not join; conditions in trust/refusal.py
@@ -140,6 +141,10 @@ class EnrolRefusedError(TrustError):
 
 class ObjectError(Zk0Error):
     code = "bad_object"
+
+
+class HeldBackError(Zk0Error):
+    code = "held_back"
 
 
 class TrainerError(Zk0Error):

@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from zk0bot.config.load import load_client_dir
 from zk0bot.errors import Zk0Error
+from zk0bot.federation.failure import sentence_of
 from zk0bot.federation.messages import deadline_of, pack, pack_failure, unpack, unpack_blob
 from zk0bot.files import private_dir, replacing
 from zk0bot.training.client import ask
@@ -28,17 +29,6 @@ from zk0bot.training.protocol import (
 logger = logging.getLogger(__name__)
 Work = Callable[[RecordDict, Path], RecordDict]
 app = ClientApp()
-
-SENTENCES = {
-    "bad_data": "its dataset cannot be used",
-    "bad_model": "its model cannot be used or differs from the server's",
-    "bad_config": "its settings cannot be used",
-    "deadline": "its trainer did not finish in time",
-    "update_refused": "it could not read the order",
-    "out_of_memory": "one sample does not fit its memory",
-    "not_finite": "its training diverged to NaN or Inf",
-}
-"""What a node says of a failure, by code: no path, name or text of the owner's leaves the node."""
 
 
 @app.query()
@@ -65,10 +55,10 @@ def _answer(message: FlowerMessage, work: Work) -> FlowerMessage:
     except Zk0Error as error:
         code = getattr(error, "remote_code", error.code)
         logger.error("%s (%s)", error.message, code)
-        content = pack_failure(code, SENTENCES.get(code, "its trainer failed"))
+        content = pack_failure(code, sentence_of(code))
     except Exception:
         logger.exception("order failed")
-        content = pack_failure("crashed", "its ClientApp failed; its own log says why")
+        content = pack_failure("crashed", sentence_of("crashed"))
     return FlowerMessage(content, reply_to=message)
 
 

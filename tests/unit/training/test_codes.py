@@ -1,5 +1,5 @@
 from zk0bot import errors
-from zk0bot.federation.client_app import SENTENCES
+from zk0bot.federation.failure import SENTENCES
 
 
 def test_every_sentence_belongs_to_an_error() -> None:
