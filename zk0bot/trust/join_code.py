@@ -5,6 +5,7 @@ of the CA (32 when pinned, else none), HOST:PORT, and the first 4 bytes of the S
 """
 
 import hashlib
+import ipaddress
 import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from dataclasses import dataclass, field
@@ -16,13 +17,17 @@ PREFIX = "zk0-"
 VERSION = 1
 SECRET_BYTES = 16
 MAX_CHARS = 512
+MAX_ADDRESS_CHARS = 260
 
 _TRUST: tuple[Literal["pinned", "system"], ...] = ("pinned", "system")
 _INVITE_BYTES = 6
 _DIGEST_BYTES = 32
 _CHECKSUM_BYTES = 4
 _FIXED_BYTES = 2 + _INVITE_BYTES + SECRET_BYTES
-_ADDRESS = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})")
+_ADDRESS = re.compile(
+    r"(?:(?P<name>[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*)|\[(?P<ipv6>[0-9A-Fa-f:.]{2,45})\])"
+    r":(?P<port>[0-9]{1,5})"
+)
 _HINT = "copy the whole line again, or make a new code: zk0bot server invite on the server machine"
 
 
@@ -82,7 +87,12 @@ class JoinCode:
 def is_address(text: str) -> bool:
     """Whether ``text`` is HOST:PORT, an IPv6 address in brackets."""
     match = _ADDRESS.fullmatch(text)
-    return match is not None and 1 <= int(match[1]) <= 65535
+    if match is None or not 1 <= int(match["port"]) <= 65535 or len(text) > MAX_ADDRESS_CHARS:
+        return False
+    try:
+        return match["name"] is not None or ipaddress.ip_address(match["ipv6"]).version == 6
+    except ValueError:
+        return False
 
 
 def _read_body(text: str) -> bytes:

@@ -6,6 +6,7 @@ next attempt with the same code is known to the server as the same node.
 """
 
 import asyncio
+import fcntl
 import ipaddress
 import json
 import shutil
@@ -25,7 +26,7 @@ from zk0bot.files import read_record, write_json, write_text
 from zk0bot.records import Membership, Record
 from zk0bot.trust.certificates import list_fingerprints, pick_certificate
 from zk0bot.trust.join_code import JoinCode, is_address
-from zk0bot.trust.keys import NodeKey, load_node_key, make_node_key
+from zk0bot.trust.keys import load_node_key, make_node_key
 from zk0bot.trust.private import make_private_dir
 from zk0bot.trust.refusal import REFUSALS
 from zk0bot.trust.registry import (
@@ -119,11 +120,17 @@ def join_local(
     """As ``join``, without code or TLS, at a server on this machine that runs with ``insecure``.
 
     A client that is a node there already says so again: the server may have been made anew.
-    Raises ConfigError for an address that is not of this machine.
+    Raises ConfigError for an address that is not of this machine and for a client that has joined
+    a server by code.
     """
     _refuse_remote(server)
     known = load_membership(client_dir)
-    is_same = known is not None and known.trust == "loopback" and known.server == server
+    if known is not None and known.trust != "loopback":
+        raise ConfigError(
+            f"this client has joined {known.server}, which --insecure would make it forget",
+            hint="leave --insecure out, give this one another --name, or: zk0bot client leave",
+        )
+    is_same = known is not None and known.server == server
     folder = identity_dir(client_dir) if is_same else _begin(client_dir, "")
     key = make_node_key(folder)
     peer = _Peer(server=server, context=None)
@@ -211,11 +218,8 @@ def _begin(client_dir: Path, invite_id: str) -> Path:
 
 
 def _finish(client_dir: Path, membership: Membership) -> Membership:
-    """The identity that has grown takes the place of the one before; its membership comes last."""
-    folder = _joining_dir(client_dir)
-    (folder / _INVITE).unlink()
-    write_json(folder / MEMBERSHIP, membership, mode=0o600)
-    shutil.rmtree(identity_dir(client_dir), ignore_errors=True)
+    """The identity that has grown, complete with its membership, replaces the one before."""
+    write_json(_joining_dir(client_dir) / MEMBERSHIP, membership, mode=0o600)
     _recover(client_dir)
     return membership
 
@@ -223,9 +227,13 @@ def _finish(client_dir: Path, membership: Membership) -> Membership:
 def _recover(client_dir: Path) -> None:
     """Put a complete new identity into place, also when the last process ended before it did."""
     folder = _joining_dir(client_dir)
-    if (folder / MEMBERSHIP).exists():
-        shutil.rmtree(identity_dir(client_dir), ignore_errors=True)
-        folder.rename(identity_dir(client_dir))
+    if not (folder / MEMBERSHIP).exists():
+        return
+    with folder.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if (folder / MEMBERSHIP).exists():  # no other process was faster
+            shutil.rmtree(identity_dir(client_dir), ignore_errors=True)
+            folder.rename(identity_dir(client_dir))
 
 
 def _delete(client_dir: Path) -> None:
@@ -353,7 +361,10 @@ async def _send(
         async for piece in response.aiter_raw():
             received += piece
             if len(received) > MAX_ANSWER_BYTES:
-                return _Answer(status=0, body=b"")
+                raise TrustError(
+                    f"what answers at {peer.server} is no zk0bot server: its answer has no end",
+                    hint="check the address",
+                )
         return _Answer(status=response.status_code, body=bytes(received))
 
 
