@@ -29,6 +29,8 @@ OPEN_PREFIX = "/v1/runtime/"
 HEALTH = "/health"
 KEEP_ALIVE_S = 75
 """Longer than the gateway keeps an idle connection, which must not be closed as it is used."""
+GRACE_S = 2
+"""Open connections are cut this long after SIGTERM."""
 LOG_EVERY_S = 1.0
 
 
@@ -69,7 +71,11 @@ def guard_superlink(secret: str) -> None:
     assert module["uvicorn"] is uvicorn
 
     def run(app: ASGIApp, **settings: object) -> None:
-        settings |= {"access_log": False, "timeout_keep_alive": KEEP_ALIVE_S}
+        settings |= {
+            "access_log": False,
+            "timeout_keep_alive": KEEP_ALIVE_S,
+            "timeout_graceful_shutdown": GRACE_S,
+        }
         uvicorn.run(SecretGate(app, secret), **settings)  # type: ignore[arg-type]
 
     module["uvicorn"] = SimpleNamespace(run=run)

@@ -24,7 +24,6 @@ from uvicorn.server import ServerState
 from zk0bot.gateway.guard import (
     KIB,
     MAX_HEAD_BYTES,
-    Head,
     Meter,
     Rate,
     Refusal,
@@ -36,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 CHECK_S = 1.0
 """How often connections are looked at for being slow."""
+MAX_EARLY_BYTES = 256 * KIB
+"""Of a next request that may come in while one is answered: what was on its way already."""
 LINGER_S = 0.5
 """What a refused client still sends is thrown away for so long, so that it can read why."""
 
@@ -138,8 +139,7 @@ class Doorman(asyncio.Protocol):
         self._build_protocol = build_protocol
         self._task: asyncio.Task[None] | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         peer = transport.get_extra_info("peername")
         ticket = self._door.enter(str(peer[0]) if peer else "")
         if ticket is None:
@@ -174,7 +174,7 @@ class Doorman(asyncio.Protocol):
             transport.abort()
             self._door.on_refused(ticket.address, f"TLS handshake: {_name(error)}")
             return
-        if transport.is_closing():  # the peer has gone during the last step
+        if secured is None:  # the peer has gone during the last step
             ticket.give_back()
         else:
             protocol.connection_made(secured)
@@ -202,49 +202,61 @@ class GuardedProtocol(H11Protocol):
         self._since = door.clock()
         """Start of the phase; of ``head``: of the first byte, after the first request."""
         self._head = bytearray()
-        """What has come of a head; before the connection counts as made, anything that came."""
+        """What has come of a head."""
+        self._early = bytearray()
+        """What came before its turn: a client may have all of an answer before we know."""
         self._due = 0
         """Bytes of the body that have not come."""
         self._got = 0
         self._held_s = 0.0
         """How long the application, not the client, kept the body from coming in."""
         self._stalled_s = 0.0
-        self._lost = False
+        self._is_made = False
+        self._is_lost = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        if self._lost:
+        if self._is_lost:
             return
+        self._is_made = True
         super().connection_made(transport)
         self._since = self._door.clock()
-        if self._head:  # with TLS, a request may come in before this call
-            early = bytes(self._head)
-            self._head.clear()
+        if self._early:  # with TLS, a request may come in before this call
+            early = bytes(self._early)
+            self._early.clear()
             self.data_received(early)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._lost = True
+        self._is_lost = True
         self._ticket.give_back()
-        if self.transport is not None:
+        if self._is_made:
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport is None or self._phase == "head":
+        if not self._is_made:
+            self._early += data
+        elif self._phase == "head":
             self._take_head(data)
         elif self._phase == "body":
             self._take_body(data)
         elif self._phase == "answer":
-            self._refuse(Refusal(status=400, reason="pipelined requests"))
+            self._keep_for_later(data)
 
     def on_response_complete(self) -> None:
-        self._start("head" if self._phase == "answer" else "refused")
+        is_read = self._phase == "answer"
+        self._start("head" if is_read else "refused")
         super().on_response_complete()
-        if self._phase == "refused" and not self.transport.is_closing():
-            self.transport.close()  # an answer before the end of the body: no next request
+        if self.transport.is_closing():
+            return
+        if not is_read:  # an answer before the end of the body: no next request
+            self.transport.close()
+        elif self._early:
+            early = bytes(self._early)
+            self._early.clear()
+            self.data_received(early)
 
     def cut(self) -> None:
         """End the connection now, whatever is under way."""
-        if self.transport is not None:
-            self.transport.abort()
+        self.transport.abort()
 
     def check(self) -> None:
         """Cut off a client that is too slow; called every CHECK_S."""
@@ -273,8 +285,6 @@ class GuardedProtocol(H11Protocol):
         if not self._head and self.cycle is not None:
             self._since = self._door.clock()
         self._head += data
-        if self.transport is None:
-            return
         self._unset_keepalive_if_required()
         end = self._head.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
         if end >= 4:
@@ -286,25 +296,30 @@ class GuardedProtocol(H11Protocol):
 
     def _judge(self, head: bytes, rest: bytes) -> None:
         verdict = self._door.ask(self._ticket) or check_head(head)
-        if isinstance(verdict, Head) and len(rest) > verdict.body_bytes:
-            verdict = Refusal(status=400, reason="pipelined requests")
         if isinstance(verdict, Refusal):
             self._refuse(verdict)
             return
-        self._due = verdict.body_bytes - len(rest)
-        self._got, self._held_s = len(rest), 0.0
+        self._due, self._got, self._held_s = verdict.body_bytes, 0, 0.0
         self._start("body" if self._due else "answer")
-        super().data_received(head + rest)
+        super().data_received(head)
+        if rest:
+            self.data_received(rest)
+
+    def _keep_for_later(self, data: bytes) -> None:
+        self._early += data
+        self.flow.pause_reading()
+        if len(self._early) > MAX_EARLY_BYTES:
+            self._refuse(Refusal(status=400, reason="pipelined requests"))
 
     def _take_body(self, data: bytes) -> None:
-        self._due -= len(data)
-        self._got += len(data)
-        if self._due < 0:
-            self._refuse(Refusal(status=400, reason="pipelined requests"))
-            return
+        body, rest = data[: self._due], data[self._due :]
+        self._due -= len(body)
+        self._got += len(body)
         if self._due == 0:
             self._start("answer")
-        super().data_received(data)
+        super().data_received(body)
+        if rest:
+            self._keep_for_later(rest)
 
     def _start(self, phase: str) -> None:
         self._phase = phase
