@@ -95,6 +95,7 @@ def serving(server: JoinServer, *, with_tls: bool = True) -> Iterator[JoinServer
         host="127.0.0.1",
         port=int(server.address.rpartition(":")[2]),
         log_level="error",
+        ws="none",
         ssl_certfile=server.tls_dir / "server.key" if with_tls else None,
         timeout_graceful_shutdown=1,
     )

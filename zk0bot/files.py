@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -11,8 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from zk0bot.errors import DataError
+from zk0bot.errors import DataError, ServiceError
 
+MAX_JSON_BYTES = 64 * 2**20
 _HINT = "restore it; a file below the state root can be deleted, zk0bot writes it again"
 
 
@@ -56,11 +58,14 @@ def write_json(
 def read_json(path: Path) -> Any:
     """The value in ``path``.
 
-    Raises FileNotFoundError when absent, DataError naming the file when it is not JSON.
+    Raises FileNotFoundError when absent, DataError naming the file when it is not JSON, nested
+    beyond measure, or larger than MAX_JSON_BYTES.
     """
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise DataError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB", hint=_HINT)
     try:
         return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, endless digits or brackets
         raise DataError(f"{path} is not valid JSON: {error}", hint=_HINT) from error
 
 
@@ -101,7 +106,35 @@ class Flag:
 
 
 def private_dir(path: Path) -> Path:
-    """Create ``path`` (and parents) if needed, readable by its owner only, and return it."""
-    path.mkdir(parents=True, exist_ok=True)
-    path.chmod(0o700)
+    """Create ``path`` if needed, readable by its owner only like parents that are missing.
+
+    Returns it. Raises ServiceError naming a folder that is a symbolic link or another account's:
+    what is written there would not be private.
+    """
+    for folder in (*reversed(path.parents), path):
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+    refuse_foreign(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        os.fchmod(descriptor, 0o700)
+    finally:
+        os.close(descriptor)
     return path
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise ServiceError unless ``path`` is a folder of this account and no symbolic link."""
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        raise ServiceError(
+            f"{path} is a symbolic link to {path.readlink()}, which is not followed",
+            hint="remove the link, or name the folder that it leads to",
+        )
+    if not stat.S_ISDIR(status.st_mode):
+        raise ServiceError(f"{path} is no folder", hint="move it away")
+    if status.st_uid != os.geteuid():
+        raise ServiceError(
+            f"{path} belongs to user {status.st_uid}, not to this account ({os.geteuid()})",
+            hint="somebody else made it: remove it, or use another ZK0BOT_HOME",
+        )

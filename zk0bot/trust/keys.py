@@ -108,7 +108,7 @@ def fingerprint(public_pem: bytes) -> str:
 def find_public_key(headers: Mapping[str, str]) -> bytes | None:
     """The public key that a request names, not verified; None when there is none or two."""
     try:
-        return _decode(_single(headers, PUBLIC_KEY_HEADER), PUBLIC_KEY_HEADER)
+        return decode_base64(_single(headers, PUBLIC_KEY_HEADER), PUBLIC_KEY_HEADER)
     except KeyRefusedError:
         return None
 
@@ -119,9 +119,9 @@ def verify_headers(headers: Mapping[str, str], now: datetime) -> bytes:
     ``headers.items()`` must yield repeated headers one by one, as Starlette's do: two of a kind
     are refused. Raises KeyRefusedError saying what is wrong with which header.
     """
-    public_pem = _decode(_single(headers, PUBLIC_KEY_HEADER), PUBLIC_KEY_HEADER)
+    public_pem = decode_base64(_single(headers, PUBLIC_KEY_HEADER), PUBLIC_KEY_HEADER)
     timestamp = _single(headers, TIMESTAMP_HEADER)
-    signature = _decode(_single(headers, SIGNATURE_HEADER), SIGNATURE_HEADER)
+    signature = decode_base64(_single(headers, SIGNATURE_HEADER), SIGNATURE_HEADER)
     _refuse_old(timestamp, now)
     verify_signature(public_pem, timestamp.encode("ascii"), signature)
     return public_pem
@@ -133,6 +133,17 @@ def verify_signature(public_pem: bytes, message: bytes, signature: bytes) -> Non
         _load_public(public_pem).verify(signature, message, _ALGORITHM)
     except InvalidSignature:
         raise KeyRefusedError("the signature does not fit the public key") from None
+
+
+def decode_base64(text: str, name: str) -> bytes:
+    """The bytes of ``text``; KeyRefusedError naming the field unless it is canonical base64."""
+    try:
+        data = b64decode(text, validate=True)
+    except ValueError:
+        raise KeyRefusedError(f"{name} is not base64") from None
+    if b64encode(data).decode("ascii") != text:  # unused bits at the end: a second spelling
+        raise KeyRefusedError(f"{name} is not canonical base64")
+    return data
 
 
 def _write_public(path: Path, key: NodeKey) -> None:
@@ -174,13 +185,6 @@ def _single(headers: Mapping[str, str], name: str) -> str:
     if len(values[0]) > MAX_HEADER_CHARS:
         raise KeyRefusedError(f"header {name} is longer than {MAX_HEADER_CHARS} characters")
     return values[0]
-
-
-def _decode(text: str, name: str) -> bytes:
-    try:
-        return b64decode(text, validate=True)
-    except ValueError:
-        raise KeyRefusedError(f"header {name} is not base64") from None
 
 
 def _refuse_old(timestamp: str, now: datetime) -> None:

@@ -28,7 +28,7 @@ from zk0bot.files import Flag, read_record, write_json
 from zk0bot.records import Record
 from zk0bot.records import now as utc_now
 from zk0bot.trust.join_code import SECRET_BYTES, JoinCode
-from zk0bot.trust.keys import NodeKey, fingerprint, verify_signature
+from zk0bot.trust.keys import NodeKey, decode_base64, fingerprint, verify_signature
 from zk0bot.trust.private import make_private_dir
 from zk0bot.trust.refusal import (
     ClockError,
@@ -446,10 +446,7 @@ def _proof(key: bytes, message: bytes) -> str:
 def _verify(request: EnrolRequest) -> bytes:
     """The request's public key, once its signature fits."""
     public_pem = request.public_key.encode()
-    try:
-        signature = base64.b64decode(request.signature, validate=True)
-    except ValueError:
-        raise KeyRefusedError("the signature is not base64") from None
+    signature = decode_base64(request.signature, "signature")
     verify_signature(public_pem, request.signed_bytes(), signature)
     return public_pem
 

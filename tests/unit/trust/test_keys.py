@@ -76,7 +76,7 @@ def test_a_request_of_the_last_two_minutes_is_accepted(age_s: int) -> None:
     assert verify_headers(HEADERS, NOW + timedelta(seconds=age_s))
 
 
-@pytest.mark.parametrize("age_s", [-10**9, -61, 121, 300, 10**9])
+@pytest.mark.parametrize("age_s", [-(10**9), -61, 121, 300, 10**9])
 def test_a_request_of_another_time_is_refused(age_s: int) -> None:
     with pytest.raises(KeyRefusedError, match="s ago"):
         verify_headers(HEADERS, NOW + timedelta(seconds=age_s))

@@ -45,7 +45,7 @@ def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
     target.touch(mode=0o600)
     link = tmp_path / "node.key"
     link.symlink_to(target)
-    with pytest.raises(ConfigError, match="symbolic link to .*elsewhere"):
+    with pytest.raises(ConfigError, match=r"symbolic link to .*elsewhere"):
         refuse_exposed(link)
 
 
