@@ -3,6 +3,7 @@
 import logging
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from types import FrameType
 
 import httpx
@@ -34,6 +35,8 @@ FLEET_OPERATIONS = frozenset(
 """What a SuperNode with a key asks of a SuperLink (flwr.supernode.fleet_http_client, 1.41.0)."""
 IDLE_S = 60.0
 """An idle connection to the next hop is kept so long; every server of ours keeps it longer."""
+SMALL_BYTES = 65536
+"""An answer up to this size is read whole: streaming costs a millisecond."""
 LONG_POLL_S = 10.0
 """How long an empty ``pull-messages`` is held; SuperNodes give up a request after 30 s."""
 
@@ -70,9 +73,14 @@ async def forward(
     if answer.status_code >= 500:
         await answer.aclose()
         return Response(status_code=502)
-    return StreamingResponse(
-        _body(answer), status_code=answer.status_code, headers=dict(passed_on(answer.headers))
-    )
+    passed = dict(passed_on(answer.headers))
+    if int(answer.headers.get("content-length", SMALL_BYTES + 1)) > SMALL_BYTES:
+        return StreamingResponse(_body(answer), status_code=answer.status_code, headers=passed)
+    try:
+        body = b"".join([piece async for piece in _body(answer)])
+    except httpx.TransportError:
+        return Response(status_code=502)
+    return Response(body, status_code=answer.status_code, headers=passed)
 
 
 async def forward_bytes(
@@ -131,13 +139,23 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    app: Starlette, *, host: str, port: int, on_exit: Callable[[], None] = lambda: None
+    app: Starlette,
+    *,
+    host: str,
+    port: int,
+    loopback: Path | None = None,
+    on_exit: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until SIGTERM; ``on_exit`` is called then, requests are cut two seconds later."""
+    """Serve until SIGTERM; ``on_exit`` is called then, requests are cut two seconds later.
+
+    With ``loopback``, a folder of ``certificates.make_loopback``, over TLS with what lies there.
+    """
     config = uvicorn.Config(
         app,
         host=host,
         port=port,
+        ssl_certfile=loopback / "server.crt" if loopback else None,
+        ssl_keyfile=loopback / "server.key" if loopback else None,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=2,

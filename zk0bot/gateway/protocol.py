@@ -363,11 +363,13 @@ class GuardedServer(uvicorn.Server):
                 app,
                 host=host,
                 port=port,
+                loop="asyncio",  # uvloop reads on while the Doorman pauses: it loses ClientHellos
                 http="h11",
                 ws="none",
                 log_level="warning",
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # or whoever is on this machine could pose as any address
                 timeout_keep_alive=round(door.limits.keep_alive_s),
                 timeout_graceful_shutdown=2,
             )
