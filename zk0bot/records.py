@@ -136,7 +136,13 @@ class LinkState(Record):
     last_answer_at: datetime | None = None
     """When the server last answered; None: never."""
     error: str = ""
-    """Why the server did not answer, if so."""
+    """Why the server did not answer, if so; while resting, until when."""
+    is_resting: bool = False
+    """The owner's hours or bytes per day keep this node from the server now."""
+    waiting: int = 0
+    """Replies that are not at the server yet."""
+    held: int = 0
+    """Replies that the owner's policy held back, since this process was started."""
     bytes_up: int = 0
     bytes_down: int = 0
 

@@ -1,116 +1,120 @@
 """A node's hop: everything its SuperNode says to the server passes here, on loopback.
 
-Beside forwarding it tells the server how far training is (numbers only) and keeps ``link.json``
-for the owner: whether the server answers, this node's id, bytes each way.
+Beside the Fleet API (``fleet``, ``handover``, ``sender``) it tells the server how far training is
+(numbers only), keeps ``link.json`` for the owner, and lets the node rest when its owner says so.
 """
 
 import argparse
 import asyncio
 import logging
+import ssl
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import version
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
-from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesRequest
 from pydantic import ValidationError
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
 
-from zk0bot.config.paths import link_state, node_progress, order_flag
-from zk0bot.errors import DataError
-from zk0bot.files import Flag, read_record, write_json
-from zk0bot.gateway.forward import (
-    FLEET_OPERATIONS,
-    answer_with,
-    build_client,
-    forward,
-    forward_bytes,
-    serve,
+from zk0bot.config.models import ClientConfig
+from zk0bot.config.paths import (
+    audit_dir,
+    client_config,
+    identity_dir,
+    ledger_path,
+    loopback_dir,
+    node_progress,
+    order_flag,
+    outbox_dir,
 )
-from zk0bot.records import GatewayHealth, LinkState, NodeProgress, now
-from zk0bot.version import __version__
+from zk0bot.errors import ConfigError, DataError, TrustError
+from zk0bot.files import Flag, read_record
+from zk0bot.gateway.brakes import Brakes, Throttle, list_foreign_gpu_pids, local_now
+from zk0bot.gateway.bundle import build_bundle
+from zk0bot.gateway.desk import Desk
+from zk0bot.gateway.fleet import Fleet
+from zk0bot.gateway.forward import build_client, serve
+from zk0bot.gateway.ledger import Ledger, read_ledger
+from zk0bot.gateway.link import Link
+from zk0bot.gateway.order import Orders
+from zk0bot.gateway.outbox import Outbox
+from zk0bot.gateway.policy import Rules
+from zk0bot.gateway.sender import Sender
+from zk0bot.gateway.session import Session
+from zk0bot.gateway.upstream import Unreachable, Upstream
+from zk0bot.records import GatewayHealth, Membership, NodeProgress
+from zk0bot.trust.audit import AuditLog, RefusalLog
+from zk0bot.trust.keys import NodeKey, load_node_key
+from zk0bot.trust.membership import (
+    AUTHORITY,
+    build_ssl_context,
+    load_membership,
+    refresh_authority,
+)
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
 GREET_S = 10.0
+REFRESH_S = 6 * 3600.0
+"""How often the server is asked for a newer CA."""
+SESSION_MARKER = "ZK0BOT_SESSION"
+"""Environment variable that every process of this client carries, set by ops/specs.py."""
 
 
-class Egress:
-    """Handlers over one upstream client, and the state of the link."""
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """Who this node is, and what its owner allows."""
 
-    def __init__(self, client: httpx.AsyncClient, client_dir: Path, upstream: str) -> None:
-        self._client = client
-        self._client_dir = client_dir
-        self._link = LinkState(upstream=upstream)
-        self._written: LinkState | None = None
+    client_dir: Path
+    config: ClientConfig
+    membership: Membership
+    key: NodeKey
+
+    @property
+    def url(self) -> str:
+        scheme = "http" if self.membership.trust == "loopback" else "https"
+        return f"{scheme}://{self.membership.server}"
+
+
+class Keeper:
+    """What goes on beside the requests: greeting, progress, rest, the owner's view."""
+
+    def __init__(
+        self, node: Node, link: Link, session: Session, upstream: Upstream, brakes: Brakes
+    ) -> None:
+        self._link = link
+        self._session = session
+        self._upstream = upstream
+        self._brakes = brakes
+        self._progress_path = node_progress(node.client_dir)
         self._reported: NodeProgress | None = None
         self._greeted_at = -GREET_S
-        self._order_flag = Flag(order_flag(client_dir))
 
-    async def fleet(self, request: Request) -> Response:
-        """Forward one fleet operation; 404 for anything else."""
-        operation = request.path_params["operation"]
-        if operation not in FLEET_OPERATIONS:
-            return Response(status_code=404)
-        self._note(bytes_up=self._link.bytes_up + _length(request.headers))
-        if operation == "activate-node":
-            return await self._activate(request)
-        if operation == "pull-messages":
-            return await self._pull(request)
-        answer = await forward(self._client, request)
-        self._note_answer(answer.status_code, _length(answer.headers))
-        return answer
-
-    async def keep_state(self) -> None:
-        """Write ``link.json`` and report progress, until cancelled."""
-        while True:
+    async def tick(self) -> None:
+        """Do what is due."""
+        await self._keep_hours()
+        if not self._session.resting:
             await self._greet()
             await self._report_progress()
-            self._save_link()
-            await asyncio.sleep(TICK_S)
 
-    def _save_link(self) -> None:
-        if self._link == self._written:
+    async def _keep_hours(self) -> None:
+        """Rest or resume as the owner's limits say now."""
+        why = self._brakes.why_rest()
+        if why == self._session.resting:
+            return
+        logger.info("%s", why or "back to work")
+        if why:
+            await self._session.rest(why)
             return
         try:
-            write_json(link_state(self._client_dir), self._link)
-        except OSError as error:  # a full disk must not cut the node off
-            logger.warning("link state not written: %s", error)
-        self._written = self._link
-
-    async def _activate(self, request: Request) -> Response:
-        try:
-            answer = await forward_bytes(self._client, request, await request.body())
-        except httpx.TransportError as error:
-            self._note(error=f"server not reached: {error or type(error).__name__}")
-            return Response(status_code=502)
-        if answer.status_code == 200:
-            node_id = str(ActivateNodeResponse.FromString(answer.content).node_id)
-            self._note(node_id=node_id, last_answer_at=now(), error="")
-        return answer_with(answer)
-
-    async def _pull(self, request: Request) -> Response:
-        """Ask for orders; an answer shows that the server knows this node."""
-        body = await request.body()
-        try:
-            answer = await forward_bytes(self._client, request, body)
-        except httpx.TransportError as error:
-            self._note(error=f"server not reached: {error or type(error).__name__}", node_id="")
-            return Response(status_code=502)
-        if answer.status_code == 200:
-            node_id = str(PullMessagesRequest.FromString(body).node.node_id)
-            self._note(node_id=node_id, last_answer_at=now(), error="")
-            if answer.content:
-                self._order_flag.raise_()
-        else:
-            self._note(error=f"the server answered {answer.status_code}", node_id="")
-        return answer_with(answer)
+            await self._session.resume()
+        except Unreachable:
+            return  # the SuperNode's next request finds that out
 
     async def _greet(self) -> None:
         """Every ten seconds, check that the server is there and runs the same versions."""
@@ -118,69 +122,116 @@ class Egress:
             return
         self._greeted_at = time.monotonic()
         try:
-            answer = await self._client.get("/v1/zk0/health", timeout=5.0)
-            health = GatewayHealth.model_validate_json(answer.content)
-        except httpx.TransportError as error:
-            self._note(error=f"server not reached: {error or type(error).__name__}")
+            answer = await self._upstream.ask_health()
+            self._link.note_health(GatewayHealth.model_validate_json(answer.content))
+        except Unreachable as trouble:
+            self._link.note_trouble(str(trouble))
         except ValidationError:
-            self._note(error="what answers there is no zk0bot server of this version")
-        else:
-            self._note(error=_version_difference(health), last_answer_at=now())
+            self._link.note_trouble("what answers there is no zk0bot server of this version")
 
     async def _report_progress(self) -> None:
-        if not self._link.node_id:
+        if not self._link.state.node_id:
             return
         try:
-            progress = read_record(node_progress(self._client_dir), NodeProgress)
+            progress = read_record(self._progress_path, NodeProgress)
         except (FileNotFoundError, DataError):
             return
         if progress == self._reported:
             return
-        report = {"node_id": self._link.node_id, "progress": progress.model_dump()}
         try:
-            await self._client.post("/v1/zk0/progress", json=report, timeout=5.0)
-        except httpx.TransportError:
+            await self._upstream.report(progress)
+        except Unreachable:
             return  # the next tick tries again; fleet calls tell of the outage
         self._reported = progress
 
-    def _note_answer(self, status: int, length: int) -> None:
-        if status == 502:
-            self._note(error="server not reached")
-        else:
-            self._note(last_answer_at=now(), bytes_down=self._link.bytes_down + length)
 
-    def _note(self, **changes: object) -> None:
-        self._link = self._link.model_copy(update=changes)
+def load_node(client_dir: Path) -> Node:
+    """Raises ConfigError when the client in ``client_dir`` was never started or has not joined."""
+    membership = load_membership(client_dir)
+    if membership is None:
+        raise ConfigError("this client has not joined a server", hint="zk0bot client start --join")
+    return Node(
+        client_dir=client_dir,
+        config=read_record(client_config(client_dir), ClientConfig),
+        membership=membership,
+        key=load_node_key(identity_dir(client_dir)),
+    )
 
 
-def build_app(upstream: str, client_dir: Path) -> Starlette:
-    """The hop to the gateway at ``upstream`` (HOST:PORT)."""
-    client = build_client(f"http://{upstream}")
-    egress = Egress(client, client_dir, upstream)
+def build_app(node: Node, client: httpx.AsyncClient, tls: ssl.SSLContext | None) -> Starlette:
+    """The hop of ``node``; ``client`` reaches its server, trusted as ``tls`` says."""
+    folder = node.client_dir
+    build_bundle()
+    ledger, audit = Ledger(ledger_path(folder)), AuditLog(audit_dir(folder))
+    refusals = RefusalLog(audit)
+    link = Link(folder, node.membership.server)
+    upstream = Upstream(client, node.key.sign_headers, Throttle(node.config.max_upload_mbit))
+    session = Session(upstream, link, node.key.public_pem)
+    brakes = Brakes(node.config, read_ledger(ledger_path(folder)), local_now)
+    outbox = Outbox(outbox_dir(folder))
+    desk = Desk(
+        orders=Orders(outbox_dir(folder) / "orders"),
+        outbox=outbox,
+        ledger=ledger,
+        audit=audit,
+        brakes=brakes,
+        rules=Rules(forbid=node.config.forbid),
+        wake=lambda: sender.wake(),
+    )
+    sender = Sender(session, outbox, on_dropped=desk.drop)
+    marker = f"{SESSION_MARKER}={folder}"
+    fleet = Fleet(
+        session=session,
+        desk=desk,
+        link=link,
+        brakes=brakes,
+        public_pem=node.key.public_pem,
+        order_flag=Flag(order_flag(folder)),
+        refuse=refusals.refuse,
+        list_gpu_pids=(
+            partial(list_foreign_gpu_pids, marker) if node.config.gpu_only_when_idle else None
+        ),
+    )
+    keeper = Keeper(node, link, session, upstream, brakes)
+
+    async def keep() -> None:
+        while True:
+            await keeper.tick()
+            if outbox.first() and not link.state.error:
+                sender.wake()
+            link.note(waiting=len(outbox), held=desk.num_held)
+            link.save()
+            refusals.flush()
+            await asyncio.sleep(TICK_S)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        keeper = asyncio.create_task(egress.keep_state())
+        tasks = [
+            asyncio.create_task(work)
+            for work in (keep(), sender.run(), _keep_authority(folder, tls))
+        ]
         yield
-        keeper.cancel()
-        await client.aclose()
+        for task in tasks:
+            task.cancel()
+        fleet.end()
+        refusals.close()
+        await upstream.close()
 
-    route = Route("/v1/fleet/{operation}", egress.fleet, methods=["POST"])
+    route = Route("/v1/fleet/{operation}", fleet.answer, methods=["POST"])
     return Starlette(routes=[route], lifespan=lifespan)
 
 
-def _version_difference(health: GatewayHealth) -> str:
-    """Why this node and the server cannot work together; empty when they can."""
-    if health.zk0bot_version != __version__:
-        return f"the server runs zk0bot {health.zk0bot_version}, this node {__version__}"
-    if health.flwr_version != version("flwr"):
-        return f"the server runs Flower {health.flwr_version}, this node {version('flwr')}"
-    return "" if health.superlink_ok else "the server's SuperLink does not answer"
-
-
-def _length(headers: Mapping[str, str]) -> int:
-    value = headers.get("content-length", "0")
-    return int(value) if value.isdigit() else 0
+async def _keep_authority(client_dir: Path, tls: ssl.SSLContext | None) -> None:
+    """Follow the server's rotation of its CA, as long as the old one still vouches for it."""
+    while tls is not None:
+        await asyncio.sleep(REFRESH_S)
+        try:
+            is_new = await asyncio.to_thread(refresh_authority, client_dir)
+        except TrustError as error:
+            logger.info("the server's CA was not asked for: %s", error.message)
+            continue
+        if is_new:
+            tls.load_verify_locations(cafile=identity_dir(client_dir) / AUTHORITY)
 
 
 def main() -> None:
@@ -188,9 +239,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, required=True, help="the client's private folder")
     parser.add_argument("--port", type=int, required=True, help="loopback port to listen on")
-    parser.add_argument("--upstream", required=True, help="HOST:PORT of the server's gateway")
     args = parser.parse_args()
-    serve(build_app(args.upstream, args.dir), host="127.0.0.1", port=args.port)
+    node = load_node(args.dir)
+    tls = None
+    if node.membership.trust != "loopback":
+        tls = build_ssl_context(args.dir, node.membership)
+    app = build_app(node, build_client(node.url, tls), tls)
+    serve(app, host="127.0.0.1", port=args.port, loopback=loopback_dir(args.dir))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
+from flwr.proto.message_pb2 import Metadata, ObjectTree
 from google.protobuf.message import DecodeError
 from pydantic import ConfigDict, Field
 
@@ -48,6 +48,8 @@ class OrderRecord(Record):
     received_at: float
     """Seconds since 1970."""
     run_id: str = ""
+    is_received: bool = False
+    """All of it has reached the SuperNode."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] | None = None
     """Type and shape of the weights that came with it."""
 
@@ -67,6 +69,7 @@ class Order:
             raise ObjectError("order of a kind that this node does not know")
         self.run_id = ""
         self.tensors: dict[str, TensorInfo] | None = None
+        self.is_received = False
         self.num_bytes = 0
         self.passed: set[str] = set()
         self._first_children = {kids[0] for kids in self.nodes.values() if kids}
@@ -116,6 +119,7 @@ class Order:
             tree=base64.b64encode(self.tree.SerializeToString()).decode(),
             received_at=self.received_at,
             run_id=self.run_id,
+            is_received=self.is_received,
             tensors=None if self.tensors is None else tensors,
         )
 
@@ -125,7 +129,7 @@ class Order:
         metadata = Metadata.FromString(base64.b64decode(record.metadata))
         order = cls(metadata, ObjectTree.FromString(base64.b64decode(record.tree)),
                     record.received_at)  # fmt: skip
-        order.run_id = record.run_id
+        order.run_id, order.is_received = record.run_id, record.is_received
         if record.tensors is not None:
             order.tensors = {
                 name: TensorInfo(dtype=dtype, shape=shape)
@@ -153,9 +157,9 @@ class Orders:
         """Of blobs seen lately: a piece that a SuperNode holds already does not come again."""
         self._load()
 
-    def add(self, message: Message, tree: ObjectTree) -> Order:
-        """Remember an order that the SuperNode is about to get."""
-        order = Order(message.metadata, tree, self._clock())
+    def add(self, metadata: Metadata, tree: ObjectTree) -> Order:
+        """Remember an order that the SuperNode is about to get; raises ObjectError."""
+        order = Order(metadata, tree, self._clock())
         for first in order._first_children & self._tables.keys():
             order.tensors = self._tables[first]
         self._open[order.id] = order
@@ -190,7 +194,11 @@ class Orders:
         self.save(order)
 
     def save(self, order: Order) -> None:
-        write_json(self._path(order.id), order.to_record(), mode=0o600)
+        """Keep it for the next start of this process; a full disk is only warned of."""
+        try:
+            write_json(self._path(order.id), order.to_record(), mode=0o600)
+        except OSError as error:
+            logger.warning("an order is not kept: %s", error)
 
     def close(self, order: Order) -> None:
         """It has its reply."""

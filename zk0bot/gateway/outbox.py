@@ -67,8 +67,8 @@ class Draft:
         message: Message = self.push.messages_list[0]
         return message
 
-    def store(self, key: str, content: bytes) -> None:
-        """Check one object and lay it down; safe to call from several threads.
+    def store(self, key: str, content: bytes) -> tuple[str, int]:
+        """Check one object and lay it down; its kind and body length. Any thread may do this.
 
         Raises ObjectError when it is not what was announced, DiskError when the disk is full.
         """
@@ -78,10 +78,14 @@ class Draft:
         if item.children != self.nodes[key]:
             raise ObjectError("object with other children than announced")
         _write(self.folder / "objects" / key, content)
-        self._forms[key] = (item.kind, len(item.body))
+        return item.kind, len(item.body)
+
+    def note(self, key: str, form: tuple[str, int], num_bytes: int) -> None:
+        """An object was stored."""
+        self._forms[key] = form
         if key in self.missing:
             self.missing.discard(key)
-            self.num_bytes += len(content)
+            self.num_bytes += num_bytes
 
     def read(self, key: str) -> FlowerObject:
         """One of its objects; ObjectError when it is none of them."""

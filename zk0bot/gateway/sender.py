@@ -10,10 +10,11 @@ from flwr.proto.fleet_pb2 import PushMessagesResponse
 from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from google.protobuf.message import DecodeError
 
-from zk0bot.errors import ObjectError
+from zk0bot.errors import DiskError, ObjectError
 from zk0bot.gateway.order import EXPIRES_S
 from zk0bot.gateway.outbox import Outbox, Ready
-from zk0bot.gateway.upstream import Answer, Unreachable, Upstream
+from zk0bot.gateway.session import Session, TurnedAway
+from zk0bot.gateway.upstream import Answer, Unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -36,24 +37,16 @@ class Sender:
 
     def __init__(
         self,
-        upstream: Upstream,
+        session: Session,
         outbox: Outbox,
         *,
         on_dropped: Callable[[Ready, str, int], None],
-        on_trouble: Callable[[str], None],
-        may_send: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``on_dropped`` gets a reply that cannot be delivered, why, and the bytes that had left.
-
-        ``on_trouble`` gets why the server does not answer. While ``may_send`` is false nothing is
-        sent; ``wake`` makes it look again.
-        """
-        self._upstream = upstream
+        """``on_dropped`` gets a reply that is not delivered, why not, and the bytes that left."""
+        self._session = session
         self._outbox = outbox
         self._on_dropped = on_dropped
-        self._on_trouble = on_trouble
-        self._may_send = may_send
         self._clock = clock
         self._awake = asyncio.Event()
         self._sent_bytes = 0
@@ -67,14 +60,14 @@ class Sender:
         wait_s = FIRST_WAIT_S
         while True:
             ready = self._outbox.first()
-            if ready is None or not self._may_send():
+            if ready is None or self._session.resting:
                 await self._rest(None)
                 continue
             try:
                 await self._deliver(ready)
                 wait_s = FIRST_WAIT_S
-            except Unreachable as trouble:
-                self._on_trouble(str(trouble))
+            except (Unreachable, DiskError) as trouble:
+                logger.info("a reply waits: %s", trouble)
                 await self._rest(wait_s * random.uniform(0.8, 1.2))
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
@@ -91,7 +84,7 @@ class Sender:
             if self._clock() - ready.record.released_at > EXPIRES_S:
                 raise _Undeliverable("it is older than 12 hours")
             await self._upload(ready)
-        except (_Undeliverable, ObjectError) as why:
+        except (_Undeliverable, TurnedAway, ObjectError) as why:
             logger.warning("a reply is dropped: %s", why)
             self._on_dropped(ready, str(why), self._sent_bytes)
         self._outbox.remove(ready)
@@ -108,7 +101,7 @@ class Sender:
 
     async def _announce(self, ready: Ready) -> tuple[list[str], str]:
         """What the server wants of the reply, and its name for the upload."""
-        answer = await self._upstream.call("push-messages", ready.push)
+        answer = await self._session.ask("push-messages", ready.push)
         _require_taken(answer)
         response = PushMessagesResponse()
         _parse(response, answer)
@@ -125,7 +118,7 @@ class Sender:
             for key in queue:
                 await self._push(ready, key, session)
 
-        tasks = [asyncio.create_task(work()) for _ in range(min(self._upstream.width, len(keys)))]
+        tasks = [asyncio.create_task(work()) for _ in range(min(self._session.width, len(keys)))]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -142,7 +135,7 @@ class Sender:
             object_content=content,
             session_id=session,
         )
-        answer = await self._upstream.call("push-object", request)
+        answer = await self._session.ask("push-object", request)
         _require_taken(answer)
         response = PushObjectResponse()
         _parse(response, answer)
@@ -152,14 +145,12 @@ class Sender:
 
 
 def _require_taken(answer: Answer) -> None:
-    """Raises Unreachable for what passes, _Undeliverable for what does not."""
+    """Raises _Undeliverable when the server refused."""
     if answer.is_ok:
         return
-    if answer.status == 429 or answer.code == "node_unknown":
-        raise Unreachable(answer.refusal or "the server asks this node to slow down")
-    if answer.status == 403 and not answer.refusal:
+    if answer.status == 403:
         raise _Undeliverable("its run is over")
-    raise _Undeliverable(answer.refusal or f"the server answered {answer.status}")
+    raise _Undeliverable(f"the server answered {answer.status}")
 
 
 def _parse(response: PushMessagesResponse | PushObjectResponse, answer: Answer) -> None:

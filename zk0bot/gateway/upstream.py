@@ -59,6 +59,7 @@ SENTENCES = {
     "node_revoked": "this node was revoked by the server's operator; ask for a new join code",
     "node_left": "this node has left the server; join again with a new join code",
     "node_unknown": "the server does not know this node; ask for a new join code",
+    "signature_refused": "the server does not accept this node's signature; is the clock right?",
 }
 """What the gateway's own refusals mean to the owner."""
 
