@@ -95,9 +95,10 @@ class Catalogue(Settings):
 
 
 def load_paths() -> Paths:
-    """The state root: ``ZK0BOT_HOME``, else ``~/.zk0bot``."""
+    """The state root: ``ZK0BOT_HOME``, else ``~/.zk0bot``; where it leads, if that is a link."""
     home = os.environ.get("ZK0BOT_HOME")
-    return Paths(Path(home).expanduser().absolute() if home else Path.home() / ".zk0bot")
+    root = Path(home).expanduser().absolute() if home else Path.home() / ".zk0bot"
+    return Paths(root.resolve() if root.is_symlink() else root)
 
 
 def load_client_dir() -> Path:
