@@ -84,7 +84,7 @@ class JoinServer:
             error = {"code": "node_unknown", "message": "no such node"}
             return JSONResponse({"error": error}, status_code=401)
         self.registry.leave(fingerprint(public_pem))
-        return JSONResponse({})
+        return Response(status_code=204)
 
 
 @contextmanager

@@ -7,13 +7,15 @@ certificate that it does not fit. ``ca.crt`` and ``server.crt`` are public copie
 them whenever they differ. To load: ``context.load_cert_chain(tls_dir / "server.key")``.
 """
 
+import fcntl
 import hashlib
 import ipaddress
 import re
 import secrets
 import shlex
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -99,12 +101,8 @@ def ensure_authority(tls_dir: Path, at: datetime | None = None) -> None:
     Raises ConfigError naming ``ca.key`` when it is there and cannot be read as a CA.
     """
     make_private_dir(tls_dir)
-    if (tls_dir / CA_KEY).exists():
-        authority = _load_authority(tls_dir)
-    else:
-        authority = _make_authority(at or datetime.now(UTC))
-        _save_authority(tls_dir, authority)
-    _write_if_new(tls_dir / CA_CERT, _pem(*authority.roots))
+    with _locked(tls_dir):
+        _ensure_authority(tls_dir, at or datetime.now(UTC))
 
 
 def ensure_certificate(tls_dir: Path, hosts: Sequence[str], at: datetime | None = None) -> bool:
@@ -114,15 +112,8 @@ def ensure_certificate(tls_dir: Path, hosts: Sequence[str], at: datetime | None 
     Needs ``ensure_authority`` before. Raises ConfigError for a host that is neither a DNS name nor
     an address.
     """
-    moment = at or datetime.now(UTC)
-    authority = _load_authority(tls_dir)
-    names = _normalise((*hosts, *LOOPBACK_HOSTS))
-    chain = _find_chain(tls_dir / SERVER_KEY)
-    is_fresh = bool(chain) and _is_fresh(chain[0], names, authority, moment)
-    if not is_fresh:
-        chain = _make_certificate(tls_dir, names, authority, moment)
-    _write_if_new(tls_dir / SERVER_CERT, _pem(*chain))
-    return not is_fresh
+    with _locked(tls_dir):
+        return _ensure_certificate(tls_dir, hosts, at or datetime.now(UTC))
 
 
 def rotate_authority(tls_dir: Path, at: datetime | None = None) -> None:
@@ -133,21 +124,11 @@ def rotate_authority(tls_dir: Path, at: datetime | None = None) -> None:
     key is gone.
     """
     moment = at or datetime.now(UTC)
-    old = _load_authority(tls_dir)
-    chain = _find_chain(tls_dir / SERVER_KEY)
-    new = _make_authority(moment)
-    cross = _sign_authority(
-        _common_name(new.roots[0]), new.key, _lifetime(moment, AUTHORITY_DAYS),
-        path_length=MAX_ROTATIONS, issuer=old.roots[0], issuer_key=old.key,
-    )  # fmt: skip
-    authority = _Authority(
-        key=new.key,
-        roots=(*new.roots, *old.roots)[: MAX_ROTATIONS + 1],
-        crosses=(cross, *old.crosses)[:MAX_ROTATIONS],
-    )
-    _save_authority(tls_dir, authority)
-    ensure_certificate(tls_dir, _names(chain[0]) if chain else (), at)
-    ensure_authority(tls_dir, at)
+    with _locked(tls_dir):
+        chain = _find_chain(tls_dir / SERVER_KEY)
+        _save_authority(tls_dir, _succeed(_load_authority(tls_dir), moment))
+        _ensure_certificate(tls_dir, _names(chain[0]) if chain else (), moment)
+        _ensure_authority(tls_dir, moment)
 
 
 def read_own_certificate(cert: Path, key: Path, at: datetime | None = None) -> CertificateInfo:
@@ -208,6 +189,52 @@ def list_fingerprints(pem: bytes) -> list[bytes]:
 def pick_certificate(pem: bytes, index: int) -> bytes:
     """The PEM of the certificate at ``index`` in the bundle ``pem``, alone."""
     return _pem(x509.load_pem_x509_certificates(pem)[index]).encode("ascii")
+
+
+@contextmanager
+def _locked(tls_dir: Path) -> Iterator[None]:
+    """One process at a time: the gateway renews while an operator rotates."""
+    with (tls_dir / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _ensure_authority(tls_dir: Path, at: datetime) -> None:
+    if (tls_dir / CA_KEY).exists():
+        authority = _load_authority(tls_dir)
+    else:
+        authority = _make_authority(at)
+        _save_authority(tls_dir, authority)
+    _write_if_new(tls_dir / CA_CERT, _pem(*authority.roots))
+
+
+def _ensure_certificate(tls_dir: Path, hosts: Sequence[str], at: datetime) -> bool:
+    authority = _load_authority(tls_dir)
+    names = _normalise((*hosts, *LOOPBACK_HOSTS))
+    chain = _find_chain(tls_dir / SERVER_KEY)
+    is_fresh = bool(chain) and _is_fresh(chain[0], names, authority, at)
+    if not is_fresh:
+        chain = _make_certificate(tls_dir, names, authority, at)
+    _write_if_new(tls_dir / SERVER_CERT, _pem(*chain))
+    return not is_fresh
+
+
+def _succeed(old: _Authority, at: datetime) -> _Authority:
+    """A new key that the old one vouches for."""
+    new = _make_authority(at)
+    cross = _sign_authority(
+        _common_name(new.roots[0]),
+        new.key,
+        _lifetime(at, AUTHORITY_DAYS),
+        path_length=MAX_ROTATIONS,
+        issuer=old.roots[0],
+        issuer_key=old.key,
+    )
+    return _Authority(
+        key=new.key,
+        roots=(*new.roots, *old.roots)[: MAX_ROTATIONS + 1],
+        crosses=(cross, *old.crosses)[:MAX_ROTATIONS],
+    )
 
 
 def _make_authority(at: datetime) -> _Authority:

@@ -76,10 +76,11 @@ class _Answer:
     body: bytes
 
     def read_error(self) -> tuple[str, str]:
-        """Code and message of a refusal; empty where the answer holds none."""
+        """Code and message (or hint) of a refusal; empty where the answer holds none."""
         try:
             error = json.loads(self.body)["error"]
-            return str(error["code"]), _printable(str(error.get("message") or ""))
+            words = error.get("message") or error.get("hint") or ""
+            return str(error["code"]), _printable(str(words))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return "", ""
 
@@ -168,7 +169,7 @@ def leave(client_dir: Path, *, deadline_s: float = DEADLINE_S) -> None:
     peer = _Peer(server=membership.server, context=context)
     headers = load_node_key(identity_dir(client_dir)).sign_headers()
     answer = _exchange(peer, "POST", LEAVE_PATH, headers=headers, deadline_s=deadline_s)
-    if answer.status != 200 and answer.read_error()[0] not in _GONE:
+    if answer.status not in (200, 204) and answer.read_error()[0] not in _GONE:
         raise _refusal(peer, answer)
     _delete(client_dir)
 

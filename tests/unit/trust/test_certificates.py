@@ -3,6 +3,7 @@
 import hashlib
 import ssl
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -108,8 +109,9 @@ def test_the_public_certificate_holds_for_no_other_name(tls_dir: Path) -> None:
 
 
 def test_keys_are_private(tls_dir: Path) -> None:
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tls_dir.iterdir()}
-    assert modes == {"ca.crt": 0o644, "ca.key": 0o600, "server.crt": 0o644, "server.key": 0o600}
+    assert stat.S_IMODE(tls_dir.stat().st_mode) == 0o700
+    for name in ("ca.key", "server.key"):
+        assert stat.S_IMODE((tls_dir / name).stat().st_mode) == 0o600
 
 
 def test_what_is_there_stays(tls_dir: Path) -> None:
@@ -191,6 +193,17 @@ def test_nodes_that_pin_an_older_ca_still_connect_after_rotations(tls_dir: Path)
     with pytest.raises(ssl.SSLCertVerificationError):
         shake_hands(pinned[0], tls_dir / "server.key")
     assert shake_hands(pinned[1], tls_dir / "server.key") == "TLSv1.3"
+
+
+def test_rotations_and_renewals_at_once_leave_what_fits(tls_dir: Path) -> None:
+    pinned = read_authority(tls_dir)
+    later = datetime.now(UTC) + timedelta(days=70)
+    works = [lambda: rotate_authority(tls_dir), lambda: ensure_certificate(tls_dir, HOSTS, later)]
+    with ThreadPoolExecutor(4) as pool:
+        for result in [pool.submit(work) for work in (*works, works[1], works[0])]:
+            result.result()
+    assert len(list_fingerprints(read_authority(tls_dir))) == 3
+    assert shake_hands(pinned, tls_dir / "server.key", HOSTS[0]) == "TLSv1.3"
 
 
 def test_a_rotation_puts_the_new_ca_first_and_deletes_the_old_key(tls_dir: Path) -> None:
