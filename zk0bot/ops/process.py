@@ -62,6 +62,17 @@ def command_of(process: psutil.Process) -> list[str]:
     return []
 
 
+def has_fork(service_dir: Path, module: str) -> bool:
+    """Whether a process of the service that runs ``module`` has one forked from it."""
+    pids = {process.pid: process for process in find_started(service_dir)}
+    pids = {pid: process for pid, process in pids.items() if module in command_of(process)}
+    parents = set()
+    for process in pids.values():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parents.add(process.ppid())
+    return not parents.isdisjoint(pids)
+
+
 def is_alive(pid: int) -> bool:
     """Whether ``pid`` runs; a zombie does not."""
     with contextlib.suppress(psutil.NoSuchProcess):

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from zk0bot.config.paths import Paths, audit_dir
 from zk0bot.errors import UnknownNameError
 from zk0bot.files import read_record, write_json
-from zk0bot.ops.process import command_of, find_started
+from zk0bot.ops.process import has_fork
+from zk0bot.ops.specs import SUPEREXEC
 from zk0bot.records import Record, RunRecord, RunState, Verdict, now
 from zk0bot.trust.audit import AuditLog
 
@@ -103,7 +104,7 @@ class OrphanWatch:
             return
         self._next_look = at + _LOOK_S
         run = find_active_run(self.paths)
-        if run is None or _has_serverapp(self.paths):
+        if run is None or has_fork(self.paths.server_dir, SUPEREXEC):
             self._alone_since.clear()
             return
         since = self._alone_since.setdefault(run.run_id, at)
@@ -116,13 +117,6 @@ class OrphanWatch:
             close_run(self.paths, run_id, "failed", reason)
         except OSError as error:  # a full disk; the next look tries again
             logger.warning("cannot close run %s: %s", run_id, error)
-
-
-def _has_serverapp(paths: Paths) -> bool:
-    for process in find_started(paths.server_dir):
-        if any("flwr-serverapp" in part for part in command_of(process)[:3]):
-            return True
-    return False
 
 
 def _line(run: RunRecord) -> str:

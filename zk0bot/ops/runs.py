@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from zk0bot.config.models import RunConfig
-from zk0bot.config.paths import Paths, audit_dir
+from zk0bot.config.paths import Paths, audit_dir, loopback_dir
 from zk0bot.errors import ConfigError, RunError, ServiceError, SessionAbsentError
 from zk0bot.files import private_dir, read_record, write_json
 from zk0bot.ops import control
@@ -119,7 +119,7 @@ def _audit_start(paths: Paths, run_id: str) -> None:
     log.append("run-started", OPERATOR, run=run_id, settings_sha256=settings)
 
 
-def _submit(paths: Paths, superlink: str, run: RunRecord) -> RunRecord:
+def _submit(paths: Paths, superlink: control.Superlink, run: RunRecord) -> RunRecord:
     """Hand a registered run to Flower; it is closed as failed when that is refused."""
     try:
         flower_run_id = control.submit(superlink, run.run_id)
@@ -174,11 +174,11 @@ def _describe(run: control.FlowerRun) -> str:
     return f"{run.outcome}, {run.details}" if run.details else run.outcome
 
 
-def _get_superlink(machine: Machine) -> str:
+def _get_superlink(machine: Machine) -> control.Superlink:
     spec = find_session(machine.paths.server_dir)
     if spec is None or not machine.host.panes(SERVER_SESSION):
         raise SessionAbsentError("the server is not running here", hint="zk0bot server start")
-    return superlink_address(spec)
+    return control.Superlink(address=superlink_address(spec), loopback=loopback_dir(spec.dir))
 
 
 def _get_flower_run(machine: Machine, run_id: str) -> control.FlowerRun | None:

@@ -16,6 +16,8 @@ from zk0bot.records import Record
 SUPERVISOR = "supervisor"
 SERVER_SESSION = "zk0-server"
 CLIENT_SESSION_PREFIX = "zk0-client-"
+SUPEREXEC = "zk0bot.federation.superexec"
+"""Module that forks the apps, a ServerApp for each run."""
 SESSION_MARKER = "ZK0BOT_SESSION"
 """Environment variable that every started process and its children carry: the service's folder."""
 
@@ -143,7 +145,7 @@ def server_session(paths: Paths, config: ServerConfig, machine: Surroundings) ->
         ),
         build.ours(
             "serverapp",
-            "zk0bot.federation.superexec",
+            SUPEREXEC,
             *("--root-certificates", loopback.ca, "--runtime-api-address", superlink),
             *("--superexec-auth-secret-file", loopback.secret),
         ),
@@ -271,7 +273,7 @@ class _Builder:
     def clientapp(self, runtime_api: str, secret: str) -> ProcessSpec:
         spec = self.ours(
             "clientapp",
-            "zk0bot.federation.superexec",
+            SUPEREXEC,
             *("--insecure", "--runtime-api-address", runtime_api),
             *("--superexec-auth-secret-file", secret),
         )
