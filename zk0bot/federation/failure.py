@@ -6,6 +6,7 @@ The egress hop lets no other sentence out: no path, name or text of the owner's 
 SENTENCES = {
     "bad_data": "its dataset cannot be used",
     "bad_model": "its model cannot be used or differs from the server's",
+    "model_not_allowed": "its owner has not allowed this model",
     "bad_config": "its settings cannot be used",
     "deadline": "its trainer did not finish in time",
     "update_refused": "it could not read the order",

@@ -23,7 +23,7 @@ from zk0bot.federation.referee import Referee
 from zk0bot.federation.rounds import Federation
 from zk0bot.federation.run_log import RunLog, RunStopped
 from zk0bot.federation.transport import Courier
-from zk0bot.files import read_record
+from zk0bot.files import read_record, refuse_foreign
 from zk0bot.records import Verdict
 from zk0bot.report.verdict import judge
 from zk0bot.training.protocol import PolicySpec
@@ -68,6 +68,7 @@ class Run:
         """All rounds, and what they are worth."""
         output = OutputTree(Path(self.log.record.output_dir))
         try:
+            refuse_foreign(output.root)
             output.write_config(self.config)
             federation = self._wire(grid, output)
             federation.run()

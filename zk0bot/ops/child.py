@@ -25,7 +25,8 @@ class Child:
         """Run ``spec`` in a session of its own, so that Ctrl-C reaches this process only."""
         private_dir(spec.cwd)
         private_dir(spec.log_path.parent)
-        with spec.log_path.open("wb") as log:
+        spec.log_path.unlink(missing_ok=True)
+        with spec.log_path.open("xb") as log:
             process = subprocess.Popen(
                 spec.argv,
                 env=spec.env,

@@ -23,6 +23,7 @@ from typing import Protocol
 import libtmux
 
 from zk0bot.errors import ServiceError
+from zk0bot.files import private_dir
 from zk0bot.ops import launch
 from zk0bot.ops.specs import ProcessSpec, SessionSpec
 
@@ -98,12 +99,15 @@ class TmuxHost:
         if not _is_installed():
             raise ServiceError("tmux is not installed", hint=_install_command())
         for process in processes:
+            private_dir(process.log_path.parent)
             if session.name in self.sessions():
                 self._do("new-window", "-d", "-t", f"={session.name}:", "-n", process.name,
                          _PLACEHOLDER)  # fmt: skip
             else:
                 self._create(session.name, process.name)
             target = f"={session.name}:={process.name}"
+            if process.log_path.is_symlink():
+                process.log_path.unlink()  # cat would write to where it leads
             log = shlex.quote(str(process.log_path))
             self._do("pipe-pane", "-o", "-t", target, f"exec cat >>{log}")
             self.restart(session.name, process)

@@ -10,7 +10,14 @@ from zk0bot.errors import SessionAbsentError, UnknownNameError
 from zk0bot.ops.specs import logs_dir
 from zk0bot.records import Record
 
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_ESCAPES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours, cursor
+    r"|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)"  # titles, clipboard and other texts to the terminal
+    r"|\x1b[ -/]*[0-~]"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]",
+    re.MULTILINE,
+)
+"""Whatever a terminal would obey: a log also repeats what strangers say."""
 
 
 class ProcessLog(Record):
@@ -104,5 +111,5 @@ def read_tail(path: Path, lines: int) -> list[str]:
 
 
 def clean(text: str) -> str:
-    """``text`` without colours, cursor codes and carriage returns."""
-    return _ESCAPES.sub("", text).replace("\r", "")
+    """``text`` without anything that a terminal obeys, but for tabs and ends of lines."""
+    return _ESCAPES.sub("", text)

@@ -10,7 +10,7 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.processor import TokenizerProcessorStep
 
 from zk0bot.files import write_json, write_text
-from zk0bot.training.policy import VLM_FOLDER
+from zk0bot.training.model_folder import VLM_FOLDER
 from zk0bot.training.processing import build_processors
 from zk0bot.training.protocol import DatasetStatistics
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from zk0bot.config.paths import trainer_socket, trainer_state
-from zk0bot.errors import DataError, DeadlineError, TrainerError
+from zk0bot.errors import DataError, DeadlineError, ServiceError, TrainerError
 from zk0bot.files import read_record
 from zk0bot.records import TrainerState
+from zk0bot.training.peer import is_same_user
 from zk0bot.training.protocol import Failure, Message, Request
 
 POLL_S = 0.1
@@ -48,6 +49,7 @@ def _connected(
     while True:
         connection = socket.socket(socket.AF_UNIX)
         if connection.connect_ex(str(path)) == 0:
+            _refuse_stranger(connection, path)
             return connection
         connection.close()
         if time.monotonic() > deadline:
@@ -57,6 +59,14 @@ def _connected(
             )
         on_wait(_find_state(owner_dir))
         time.sleep(POLL_S)
+
+
+def _refuse_stranger(connection: socket.socket, path: Path) -> None:
+    if not is_same_user(connection):
+        connection.close()
+        raise ServiceError(
+            f"another account listens at {path}", hint=f"remove {path.parent} and start again"
+        )
 
 
 def _read_line(

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from safetensors import SafetensorError, safe_open
@@ -24,17 +24,18 @@ from torch import Tensor
 from zk0bot.config.models import PolicyConfig
 from zk0bot.config.paths import Paths
 from zk0bot.errors import ModelError
-from zk0bot.training.hub import fetch
+from zk0bot.training.model_folder import (
+    TINY_NAME,
+    WEIGHTS,
+    find_checkpoint,
+    read_checkpoint_config,
+)
 from zk0bot.training.protocol import PolicySpec
 from zk0bot.training.vlm import TINY, ensure_vlm_folder
 
 logger = logging.getLogger(__name__)
 
-TINY_NAME = "tiny"
-VLM_FOLDER = "vlm"
-"""Subfolder of a checkpoint that holds the VLM's configuration and tokenizer."""
 IMAGE_PREFIX = "observation.images."
-CHECKPOINT_FILES = ("config.json", "model.safetensors")
 
 
 def build_policy(spec: PolicySpec, paths: Paths) -> SmolVLAPolicy:
@@ -44,10 +45,10 @@ def build_policy(spec: PolicySpec, paths: Paths) -> SmolVLAPolicy:
     """
     if spec.policy.model_name == TINY_NAME:
         return new_policy(_tiny_config(spec.policy, paths), seed=spec.seed)
-    folder = _find_checkpoint(spec.policy, paths)
-    config = _checkpoint_config(folder, spec.policy)
+    folder = find_checkpoint(spec.policy, paths)
+    config = apply_settings(read_checkpoint_config(folder, spec.policy, paths), spec.policy)
     policy = new_policy(config, seed=spec.seed)
-    _load_weights(policy, folder / "model.safetensors")
+    _load_weights(policy, folder / WEIGHTS)
     return policy
 
 
@@ -57,10 +58,10 @@ def new_policy(config: SmolVLAConfig, *, seed: int) -> SmolVLAPolicy:
         with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
             torch.manual_seed(seed)
             policy = SmolVLAPolicy(config)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a file is missing or says what cannot be
         raise ModelError(
-            f"the VLM {config.vlm_model_name!r} of the policy cannot be had: {error}",
-            hint="check the network, or give a checkpoint with a vlm folder",
+            f"the VLM {config.vlm_model_name!r} of the policy cannot be used: {error}",
+            hint="give a checkpoint with a whole vlm folder",
         ) from error
     return policy.float()
 
@@ -233,40 +234,6 @@ def _tiny_config(policy: PolicyConfig, paths: Paths) -> SmolVLAConfig:
         pad_language_to="longest",
         device="cpu",
     )
-    return apply_settings(config, policy)
-
-
-def _find_checkpoint(policy: PolicyConfig, paths: Paths) -> Path:
-    folder = Path(policy.model_name).expanduser()
-    if folder.is_dir() or policy.model_name.startswith(("/", ".", "~")):
-        for name in CHECKPOINT_FILES:
-            if not (folder / name).is_file():
-                raise ModelError(
-                    f"{folder} is no LeRobot policy folder: {name} is missing",
-                    hint="give the pretrained_model folder of a checkpoint",
-                )
-        return folder
-    return fetch(
-        policy.model_name,
-        "model",
-        paths,
-        revision=policy.model_revision,
-        patterns=[*CHECKPOINT_FILES, f"{VLM_FOLDER}/*"],
-    )
-
-
-def _checkpoint_config(folder: Path, policy: PolicyConfig) -> SmolVLAConfig:
-    config = PreTrainedConfig.from_pretrained(folder)
-    if not isinstance(config, SmolVLAConfig):
-        raise ModelError(f"{folder} holds a {config.type} policy, not smolvla")
-    if policy.state_dim > config.max_state_dim or policy.action_dim > config.max_action_dim:
-        raise ModelError(
-            f"{folder} takes up to {config.max_state_dim} state and {config.max_action_dim} "
-            f"action dimensions, not {policy.state_dim} and {policy.action_dim}",
-            hint="set policy.state_dim and policy.action_dim to what it was trained with",
-        )
-    if (folder / VLM_FOLDER).is_dir():
-        config.vlm_model_name = str(folder / VLM_FOLDER)
     return apply_settings(config, policy)
 
 

@@ -42,8 +42,8 @@ from zk0bot.training.loop import (
     train_steps,
 )
 from zk0bot.training.memory import MicroBatch
+from zk0bot.training.model_folder import TINY_NAME, refuse_foreign_model
 from zk0bot.training.policy import (
-    TINY_NAME,
     base_hash,
     build_policy,
     count_parameters,
@@ -129,6 +129,8 @@ class Service:
         self._exchange = Exchange(owner_dir)
         self._device = torch.device("cpu")
         self._own: OwnData | None = None
+        self._model_folders: tuple[str, ...] | None = None
+        """Those that a server may name; None: this is the server's own process."""
         self._loaded: LoadedPolicy | None = None
         self._sets: dict[str, Dataset] = {}
         self._run_statistics: dict[str, str] = {}
@@ -138,6 +140,7 @@ class Service:
         self._device = find_device(config.device if config else "auto")
         if config is None:
             return
+        self._model_folders = config.model_folders
         root = find_dataset(
             config.dataset_uri,
             self._paths,
@@ -344,6 +347,8 @@ class Service:
 
     def _policy(self, spec: PolicySpec) -> LoadedPolicy:
         """The policy of ``spec``, kept from the last request or built."""
+        if self._model_folders is not None:
+            refuse_foreign_model(spec.policy, self._model_folders)
         if self._loaded is None or self._loaded.spec != spec:
             self._loaded = None  # frees its memory first
             self._reporter.set_state("working", f"building {spec.policy.model_name}")

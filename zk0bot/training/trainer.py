@@ -30,6 +30,7 @@ from zk0bot.config.models import ClientConfig
 from zk0bot.config.paths import client_config, trainer_socket
 from zk0bot.errors import ServiceError, Zk0Error
 from zk0bot.files import private_dir, read_record
+from zk0bot.training.peer import is_same_user
 from zk0bot.training.protocol import Failure, Message, Request, StatusRequest, TrainerStatus
 from zk0bot.training.reporter import Reporter
 
@@ -84,9 +85,12 @@ class Desk:
         self._jobs: queue.Queue[Job] = queue.Queue()
 
     def accept_from(self, listener: socket.socket) -> NoReturn:
-        """Take connections for ever; each has its own thread until its request is read."""
+        """Take this account's connections for ever, each in a thread until its request is read."""
         while True:
             connection, _ = listener.accept()
+            if not is_same_user(connection):
+                connection.close()
+                continue
             threading.Thread(target=self._receive, args=(connection,), daemon=True).start()
 
     def serve(self, service: "Service") -> NoReturn:
@@ -150,11 +154,11 @@ def _load_service(owner_dir: Path, role: Role, reporter: Reporter) -> "Service":
 @contextlib.contextmanager
 def _listening(path: Path) -> Iterator[socket.socket]:
     """A listening Unix socket at ``path``, for its owner only; gone afterwards."""
+    private_dir(path.parent)
     if _is_served(path):
         raise ServiceError(
             f"another trainer serves {path}", hint="stop it first: zk0bot client stop"
         )
-    private_dir(path.parent)
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))

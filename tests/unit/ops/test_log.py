@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from zk0bot.errors import SessionAbsentError, UnknownNameError
-from zk0bot.ops.log import LogFile, find_logs, read_logs
+from zk0bot.ops.log import LogFile, clean, find_logs, read_logs
 
 
 def write_log(service_dir: Path, process: str, content: bytes) -> None:
@@ -53,3 +53,18 @@ def test_following_goes_on_with_the_log_of_the_next_start(tmp_path: Path) -> Non
     assert (file.size(), file.read_from(offset)) == (0, ("", 0))
     write_log(tmp_path, "gateway", b"new\n")
     assert file.read_from(offset) == ("new\n", 4)
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        "\x1b[2J", "\x1b]0;owned\x07", "\x1b]52;c;cm0gLXJm\x1b\\", "\x1bPq\x1b\\", "\x1bc",
+        "\x1b(0", "\x9b2J", "\r", "\x08\x08", "\x1b[38;2;1;2;3m", "\x1b[?1049h", "\x07",
+    ],
+)  # fmt: skip
+def test_nothing_in_a_log_moves_the_terminal(evil: str) -> None:
+    assert clean(f"a\tb{evil}c\n") == "a\tbc\n"
+
+
+def test_an_endless_escape_ends_with_its_line() -> None:
+    assert clean("a\x1b]0;never closed\nnext\n") == "a\nnext\n"
