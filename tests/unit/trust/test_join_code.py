@@ -2,6 +2,7 @@
 
 import traceback
 from base64 import urlsafe_b64encode
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -43,12 +44,14 @@ def test_any_changed_character_is_refused(index: int, other: str) -> None:
         JoinCode.decode(TEXT[:index] + other + TEXT[index + 1 :])
 
 
-def test_each_character_counts() -> None:
+@pytest.mark.parametrize("server", ["a:9092", "ab:9092", "abc:9092"])
+def test_each_character_counts_whatever_bits_are_left_over_at_the_end(server: str) -> None:
+    text = replace(CODE, server=server).encode()
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_= "
-    for index in range(len(TEXT)):
-        for other in letters.replace(TEXT[index], ""):
+    for index in range(len(text)):
+        for other in letters.replace(text[index], ""):
             with pytest.raises(JoinCodeError):
-                JoinCode.decode(TEXT[:index] + other + TEXT[index + 1 :])
+                JoinCode.decode(text[:index] + other + text[index + 1 :])
 
 
 @given(st.integers(0, len(TEXT) - 1), st.integers(1, len(TEXT)))

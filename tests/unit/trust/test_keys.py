@@ -1,7 +1,7 @@
 """Node keys, and the headers by which a request shows whose it is."""
 
 import stat
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -131,6 +131,19 @@ def test_a_key_has_one_spelling() -> None:
     headers = HEADERS | {"flwr-public-key": b64encode(pem).decode()}
     with pytest.raises(KeyRefusedError, match="canonical"):
         verify_headers(headers, NOW)
+
+
+def test_a_header_has_one_spelling() -> None:
+    name, letters = (
+        "flwr-public-key",
+        "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/",
+    )
+    value = HEADERS[name]
+    assert value.endswith("=")  # so the last letter has bits that say nothing
+    last = letters[letters.index(value[-2]) + 1]
+    assert b64decode(f"{value[:-2]}{last}=") == KEY.public_pem
+    with pytest.raises(KeyRefusedError, match="canonical"):
+        verify_headers(HEADERS | {name: f"{value[:-2]}{last}="}, NOW)
 
 
 def test_a_fingerprint_is_short_and_of_the_key() -> None:

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import os
 import stat
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -331,6 +333,18 @@ def test_changes_of_another_process_are_seen_at_once(
         assert other.find_active(key.public_pem)
         registry.revoke(str(index))
         assert other.find_active(key.public_pem) is None
+
+
+def test_a_change_within_one_tick_of_the_file_systems_clock_is_seen(
+    registry: Registry, make_key: Keys, tmp_path: Path
+) -> None:
+    nodes = tmp_path / "enrolment" / "nodes"
+    moment = time.time_ns()
+    os.utime(nodes, ns=(moment, moment))
+    assert registry.find_active(make_key("a").public_pem) is None
+    registry.enrol_local("a", make_key("a").public_pem)
+    os.utime(nodes, ns=(moment, moment))
+    assert registry.find_active(make_key("a").public_pem)
 
 
 def test_the_server_keeps_neither_secret_nor_code(registry: Registry, tmp_path: Path) -> None:
