@@ -114,8 +114,9 @@ def check_metadata(announced: Message, order: Order) -> None:
         ttl=reply.ttl,
         message_type=asked.message_type,
         created_at=reply.created_at,
-        src_task_id=asked.dst_task_id if asked.HasField("dst_task_id") else None,
-        dst_task_id=asked.src_task_id if asked.HasField("src_task_id") else None,
+        # numbers that the SuperNode and the SuperLink draw for their own processes
+        src_task_id=reply.src_task_id if reply.HasField("src_task_id") else None,
+        dst_task_id=reply.dst_task_id if reply.HasField("dst_task_id") else None,
     )
     if reply != expected or not (math.isfinite(reply.ttl) and math.isfinite(reply.created_at)):
         raise HeldBackError("its metadata does not fit the order")

@@ -71,8 +71,8 @@ class AuthorityReport(Record):
 
     def to_text(self) -> str:
         return wrap_line(
-            f"new CA {self.fingerprint[:16]}...; nodes that have joined stay members, "
-            "join codes made before do not work any more"
+            f"new CA {self.fingerprint[:16]}...; nodes that have joined stay members and take it "
+            "over by themselves"
         )
 
 
