@@ -26,21 +26,28 @@ LONGEST_TURN_S = 10.0
 HELD = "pull-messages"
 """The operation that waits here, and watches for its node's end by itself."""
 
+_WORDS = {
+    "node_unknown": "this key is not enrolled here",
+    "node_revoked": "this node was revoked",
+    "node_left": "this node has left",
+    "too_many_requests": "too many requests of this node",
+}
+
 
 class RequestRefusedError(Exception):
     """A request that goes no further; ``code`` is what its sender and the audit log get."""
 
-    def __init__(self, status: int, code: str, *, node: str = "", hint: str | None = None) -> None:
+    def __init__(self, status: int, code: str, *, node: str = "", detail: str = "") -> None:
         super().__init__(code)
         self.status = status
         self.code = code
         self.node = node
         """Name, where the sender is known."""
-        self.hint = hint
+        self.detail = detail
 
     def to_response(self) -> Response:
         """The answer; the connection ends with it, since the body may not have been read."""
-        error = {"code": self.code} | ({"hint": self.hint} if self.hint else {})
+        error = {"code": self.code, "message": self.detail or _WORDS[self.code]}
         headers = {"connection": "close"}
         return JSONResponse({"error": error}, status_code=self.status, headers=headers)
 
@@ -104,7 +111,7 @@ class Admission:
         try:
             verify_headers(request.headers, now())
         except KeyRefusedError as error:
-            raise RequestRefusedError(401, "signature_refused", hint=error.message) from None
+            raise RequestRefusedError(401, "signature_refused", detail=error.message) from None
         self.refuse_departed(known)
         return known
 
