@@ -79,15 +79,15 @@ class Brakes:
         self._now = now
         self._day = DayCount(lines if config.max_bytes_per_day else (), now())
 
-    def why_rest(self) -> str:
+    def why_rest(self, *, has_replies: bool = False) -> str:
         """Why this node does without the server now, such as ``until 22:00``; empty: it does not.
 
-        A day whose bytes are used up ends at midnight.
+        A day's bytes being used up counts once the replies that are on their way have left.
         """
         moment = self._now()
         if self._hours and not self._hours.contains(moment.time()):
             return f"resting until {self._hours.begin:%H:%M} (owner's hours)"
-        if self.is_spent():
+        if self.is_spent() and not has_replies:
             return "resting until midnight (owner's bytes per day are used up)"
         return ""
 

@@ -85,12 +85,20 @@ class Keeper:
     """What goes on beside the requests: greeting, progress, rest, the owner's view."""
 
     def __init__(
-        self, node: Node, link: Link, session: Session, upstream: Upstream, brakes: Brakes
+        self,
+        node: Node,
+        *,
+        link: Link,
+        session: Session,
+        upstream: Upstream,
+        brakes: Brakes,
+        outbox: Outbox,
     ) -> None:
         self._link = link
         self._session = session
         self._upstream = upstream
         self._brakes = brakes
+        self._outbox = outbox
         self._progress_path = node_progress(node.client_dir)
         self._reported: NodeProgress | None = None
         self._greeted_at = -GREET_S
@@ -104,7 +112,7 @@ class Keeper:
 
     async def _keep_hours(self) -> None:
         """Rest or resume as the owner's limits say now."""
-        why = self._brakes.why_rest()
+        why = self._brakes.why_rest(has_replies=bool(len(self._outbox)))
         if why == self._session.resting:
             return
         logger.info("%s", why or "back to work")
@@ -192,7 +200,9 @@ def build_app(node: Node, client: httpx.AsyncClient, tls: ssl.SSLContext | None)
             partial(list_foreign_gpu_pids, marker) if node.config.gpu_only_when_idle else None
         ),
     )
-    keeper = Keeper(node, link, session, upstream, brakes)
+    keeper = Keeper(
+        node, link=link, session=session, upstream=upstream, brakes=brakes, outbox=outbox
+    )
 
     async def keep() -> None:
         while True:

@@ -20,9 +20,11 @@ from zk0bot.files import private_dir, read_record, write_json
 from zk0bot.gateway.objects import (
     CHUNK,
     CONFIG,
+    MESSAGE,
     FlowerObject,
     TensorInfo,
     read_config,
+    read_metadata,
     read_tensor_table,
     read_tree,
 )
@@ -103,7 +105,22 @@ class Order:
             return True
         if item.kind == CONFIG:
             return self._note_config(item)
-        return False
+        return item.kind == MESSAGE and self._note_head(item)
+
+    def _note_head(self, item: FlowerObject) -> bool:
+        """Take in the ids of tasks, which a SuperLink leaves out where it announces an order."""
+        head, plain = read_metadata(item), Metadata()
+        plain.CopyFrom(head)
+        plain.message_id = self.metadata.message_id
+        for field in ("src_task_id", "dst_task_id"):
+            plain.ClearField(field)
+            self.metadata.ClearField(field)
+        if plain != self.metadata:
+            raise ObjectError("order that is not what was announced")
+        plain.CopyFrom(head)
+        plain.message_id = self.metadata.message_id
+        self.metadata.CopyFrom(plain)
+        return True
 
     def _note_config(self, item: FlowerObject) -> bool:
         text = read_config(item).get("json")

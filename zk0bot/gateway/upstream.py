@@ -159,7 +159,7 @@ class Upstream:
         max_answer: int = 64 * 1024,
         **options: Any,
     ) -> Answer:
-        signed = {**(headers or {}), **self._sign()}
+        signed = {**_OWN_HEADERS, **(headers or {}), **self._sign()}
         try:
             async with self._client.stream(method, path, headers=signed, **options) as response:
                 content = await _read_at_most(response, max_answer)
@@ -208,4 +208,5 @@ async def _read_at_most(response: httpx.Response, limit: int) -> bytes:
     return bytes(content)
 
 
+_OWN_HEADERS = {"user-agent": "zk0bot", "accept-encoding": "identity"}
 _FLOWER_HEADERS = dict(RuntimeVersionMetadata.from_local_component("SuperNode").as_metadata())
