@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from zk0bot.errors import DataError, ServiceError
 
-MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 16 * 2**20
 _HINT = "restore it; a file below the state root can be deleted, zk0bot writes it again"
 
 

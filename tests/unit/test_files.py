@@ -68,7 +68,7 @@ def test_json_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     with path.open("wb") as file:
         file.truncate(2**30)
-    with pytest.raises(DataError, match="larger than 64 MiB"):
+    with pytest.raises(DataError, match="larger than 16 MiB"):
         read_json(path)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -27,6 +26,7 @@ from zk0bot.config.uri import parse_dataset_uri
 from zk0bot.errors import ConfigError, DataError
 from zk0bot.files import read_json, write_json
 from zk0bot.sim.dataset import ensure_sim_dataset
+from zk0bot.training.dataset_folder import RECORD_AGAIN, read_columns
 from zk0bot.training.hub import fetch
 from zk0bot.training.protocol import DatasetStatistics
 from zk0bot.training.recording import Footage, Ints, Recording, read_recording
@@ -105,7 +105,7 @@ class Pictures:
     def _read(self, path: Path, numbers: Ints) -> NDArray[np.uint8]:
         """Frames of one file in the order of ``numbers``, which may repeat."""
         if not self._footage.is_video:
-            return _read_stored_pictures(path, self._footage.key, numbers)
+            return _read_stored_pictures(path, self._footage.key, self._footage.size, numbers)
         unique, places = np.unique(numbers, return_inverse=True)
         return read_frames(path, unique.tolist(), self._fps)[places]
 
@@ -276,11 +276,24 @@ def _fingerprint(recording: Recording) -> int:
     return int.from_bytes(digest[:4], "little")
 
 
-def _read_stored_pictures(path: Path, key: str, rows: Ints) -> NDArray[np.uint8]:
+def _read_stored_pictures(
+    path: Path, key: str, size: tuple[int, int], rows: Ints
+) -> NDArray[np.uint8]:
     """Pictures C,H,W that lie encoded in a parquet column."""
-    cells = pq.ParquetFile(path).read([key])[key].take(rows).to_pylist()
+    table = read_columns(path, [key])
+    if key not in table.column_names or rows.max() >= table.num_rows:
+        raise DataError(f"{path} holds no pictures of {key}", hint=RECORD_AGAIN)
+    cells = table[key].take(rows).to_pylist()
     try:
-        pictures = [np.asarray(Image.open(io.BytesIO(c["bytes"])).convert("RGB")) for c in cells]
-    except (OSError, TypeError) as error:
+        pictures = [_decode_picture(cell["bytes"], size) for cell in cells]
+    except (OSError, TypeError, KeyError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} holds a damaged picture in {key}: {error}") from error
     return np.stack(pictures).transpose(0, 3, 1, 2)
+
+
+def _decode_picture(content: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """H,W,C of exactly ``size``; ValueError for another, before it is unpacked."""
+    picture = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
+    if picture.size != (size[1], size[0]):
+        raise ValueError(f"{picture.size[0]}x{picture.size[1]} px, not {size[1]}x{size[0]}")
+    return np.asarray(picture.convert("RGB"))

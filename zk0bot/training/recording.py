@@ -2,7 +2,8 @@
 
 LeRobot itself asks the hub when a file is missing, reads on without statistics, and doubles rows
 when a file lies there twice. Here each of these is a DataError that names the file and the mend,
-and nothing is ever asked of the hub.
+and nothing is ever asked of the hub. The folder may come from a stranger: what may lie in it, and
+how large, is in ``dataset_folder``.
 
 Shape letters: N frames, E episodes, S state, A action dimensions.
 """
@@ -14,20 +15,32 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zk0bot.errors import DataError
 from zk0bot.files import read_json
+from zk0bot.training.dataset_folder import (
+    RECORD_AGAIN,
+    check_camera,
+    check_template,
+    read_columns,
+    refuse_strays,
+)
+from zk0bot.training.protocol import MAX_DIMENSIONS, MAX_MAGNITUDE
 from zk0bot.training.statistics import ACTION, STATE, feature_statistics, still_dimensions
-from zk0bot.training.video import count_frames_from, read_frames
+from zk0bot.training.video import MAX_SIDE, count_frames_from, read_frames
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 IMAGE_PREFIX = "observation.images."
 FORMAT_VERSION = "v3.0"
-RECORD_AGAIN = "copy the dataset again from where it was recorded"
+MAX_TASKS = 10_000
+MAX_FRAMES = 20_000_000
+"""Nine days at 25 frames a second."""
+MAX_TOTAL_BYTES = 2**32
+"""Of states, actions and numbers of all files."""
 DEFAULT_DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 DEFAULT_VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 
@@ -37,7 +50,7 @@ class Feature(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] = Field(max_length=8)
     names: Any = None
 
 
@@ -45,9 +58,9 @@ class Info(BaseModel):
     """The part of ``meta/info.json`` that training needs."""
 
     model_config = ConfigDict(extra="ignore")
-    fps: float = Field(gt=0)
-    total_episodes: int = Field(ge=1)
-    features: dict[str, Feature]
+    fps: float = Field(gt=0, le=1000)
+    total_episodes: int = Field(ge=1, le=10**6)
+    features: dict[str, Feature] = Field(max_length=1000)
     data_path: str = DEFAULT_DATA_PATH
     video_path: str | None = DEFAULT_VIDEO_PATH
 
@@ -91,6 +104,7 @@ class Recording:
 
 def read_recording(root: Path) -> Recording:
     """Read ``root`` and check all of it. Raises DataError naming the first file at fault."""
+    refuse_strays(root)
     info = _read_info(root)
     _check_statistics_file(root)
     episodes = _read_episodes(root, info)
@@ -102,7 +116,7 @@ def read_recording(root: Path) -> Recording:
         fps=info.fps,
         states_NS=_matrix(root, rows, STATE),
         actions_NA=_matrix(root, rows, ACTION),
-        episode_N=rows["episode_index"].to_numpy(),
+        episode_N=_integers(root / "data", rows, "episode_index"),
         task_N=_task_indices(root, rows, numbers),
         tasks=tuple(tasks.values()),
         cameras=_read_cameras(root, info, episodes, rows),
@@ -126,9 +140,12 @@ def _read_info(root: Path) -> Info:
     if version != FORMAT_VERSION:
         raise _version_error(root, version)
     try:
-        return Info.model_validate(value)
+        info = Info.model_validate(value)
     except ValidationError as error:
         raise DataError(f"{path} is incomplete: {error}", hint=RECORD_AGAIN) from error
+    check_template(info.data_path, path, has_video_key=False)
+    check_template(info.video_path or DEFAULT_VIDEO_PATH, path, has_video_key=True)
+    return info
 
 
 def _version_error(root: Path, version: object) -> DataError:
@@ -158,10 +175,13 @@ def _check_statistics_file(root: Path) -> None:
 
 def _read_tasks(root: Path) -> dict[int, str]:
     path = root / "meta" / "tasks.parquet"
-    table = _read_table(path)
+    table = read_columns(path, ("task_index", "task"))
     if not {"task_index", "task"} <= set(table.column_names):
         raise DataError(f"{path} has no task texts", hint=RECORD_AGAIN)
-    tasks = dict(zip(table["task_index"].to_pylist(), table["task"].to_pylist(), strict=True))
+    if table.num_rows > MAX_TASKS:
+        raise DataError(f"{path} has more than {MAX_TASKS} tasks", hint=RECORD_AGAIN)
+    numbers = _integers(path, table, "task_index").tolist()
+    tasks = dict(zip(numbers, table["task"].to_pylist(), strict=True))
     for number, text in tasks.items():
         if not isinstance(text, str) or not text.strip():
             raise DataError(
@@ -176,13 +196,14 @@ def _read_episodes(root: Path, info: Info) -> pa.Table:
     paths = sorted(folder.glob("*/*.parquet"))
     if not paths:
         raise DataError(f"{folder} holds no parquet file", hint=RECORD_AGAIN)
-    tables = [_read_table(path) for path in paths]
-    names = [name for name in tables[0].column_names if not name.startswith("stats/")]
+    tables = [read_columns(path) for path in paths]
+    names = tables[0].column_names
     try:
         table = pa.concat_tables([t.select(names) for t in tables]).sort_by("episode_index")
     except (KeyError, pa.ArrowInvalid) as error:
         raise DataError(f"the files in {folder} disagree: {error}", hint=RECORD_AGAIN) from error
-    if table["episode_index"].to_pylist() != list(range(info.total_episodes)):
+    found = _integers(folder, table, "episode_index")
+    if not np.array_equal(found, np.arange(info.total_episodes)):
         raise DataError(
             f"{folder} describes {table.num_rows} episodes, {root / 'meta' / 'info.json'} says "
             f"{info.total_episodes}: one is missing or there twice",
@@ -199,11 +220,13 @@ def _read_rows(root: Path, info: Info, episodes: pa.Table) -> pa.Table:
         raise DataError(
             f"{stray[0]} belongs to no episode: its rows would count twice", hint="remove the file"
         )
-    rows = pa.concat_tables([_numbered_rows(path, k) for k, path in enumerate(named)])
-    rows = rows.sort_by("index")
-    expected = np.repeat(np.arange(info.total_episodes), episodes["length"].to_numpy())
-    found = rows["episode_index"].to_numpy()
-    if not np.array_equal(rows["index"].to_numpy(), np.arange(len(expected))):
+    rows = _all_rows(root, named).sort_by("index")
+    lengths = _integers(root / "meta" / "episodes", episodes, "length")
+    if lengths.min() < 0 or lengths.sum() > MAX_FRAMES:
+        raise DataError(f"{root} claims {lengths.sum()} frames", hint=RECORD_AGAIN)
+    expected = np.repeat(np.arange(info.total_episodes), lengths)
+    found = _integers(root / "data", rows, "episode_index")
+    if not np.array_equal(_integers(root / "data", rows, "index"), np.arange(len(expected))):
         raise DataError(
             f"{root / 'data'} holds {len(found)} rows where its episodes have {len(expected)}: "
             f"rows are doubled or missing in {_first_fault(rows, named)}",
@@ -212,6 +235,18 @@ def _read_rows(root: Path, info: Info, episodes: pa.Table) -> pa.Table:
     if not np.array_equal(found, expected):
         raise DataError(f"rows in {root / 'data'} name other episodes", hint=RECORD_AGAIN)
     return rows
+
+
+def _all_rows(root: Path, paths: list[Path]) -> pa.Table:
+    tables: list[pa.Table] = []
+    for number, path in enumerate(paths):
+        tables.append(_numbered_rows(path, number))
+        if sum(table.nbytes for table in tables) > MAX_TOTAL_BYTES:
+            raise DataError(f"{root / 'data'} is larger than a recording can be")
+    try:
+        return pa.concat_tables(tables)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"the files in {root / 'data'} disagree: {error}") from error
 
 
 def _first_fault(rows: pa.Table, paths: list[Path]) -> Path:
@@ -224,21 +259,12 @@ def _first_fault(rows: pa.Table, paths: list[Path]) -> Path:
 
 def _numbered_rows(path: Path, number: int) -> pa.Table:
     needed = ["index", "episode_index", "frame_index", "task_index", STATE, ACTION]
-    table = _read_table(path)
+    table = read_columns(path, needed)
     if missing := [name for name in needed if name not in table.column_names]:
         raise DataError(f"{path} has no column {missing[0]!r}", hint=RECORD_AGAIN)
     places = pa.array(np.arange(table.num_rows))
     files = pa.array(np.full(table.num_rows, number))
     return table.select(needed).append_column("file", files).append_column("row", places)
-
-
-def _read_table(path: Path) -> pa.Table:
-    try:
-        return pq.ParquetFile(path).read()
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing", hint=RECORD_AGAIN) from error
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {error}", hint=RECORD_AGAIN) from error
 
 
 def _numbered_paths(
@@ -259,19 +285,40 @@ def _episode_paths(
             f"{root / 'meta' / 'episodes'} does not say which file of {prefix} holds an episode",
             hint=RECORD_AGAIN,
         )
-    chunks, files = (episodes[name].to_pylist() for name in columns)
+    place = root / "meta" / "episodes"
+    chunks, files = (_integers(place, episodes, name).tolist() for name in columns)
     return [
         root / pattern.format(chunk_index=chunk, file_index=file, **names)
         for chunk, file in zip(chunks, files, strict=True)
     ]
 
 
+def _integers(where: Path, table: pa.Table, name: str) -> Ints:
+    """A column of whole numbers; DataError where it holds anything else, or nothing."""
+    if name not in table.column_names:
+        raise DataError(f"{where} has no column {name!r}", hint=RECORD_AGAIN)
+    column = table[name]
+    if not pa.types.is_integer(column.type) or column.null_count:
+        raise DataError(f"{where}: {name} holds more than whole numbers", hint=RECORD_AGAIN)
+    return np.asarray(column.to_numpy(), dtype=np.int64)
+
+
 def _matrix(root: Path, rows: pa.Table, name: str) -> Floats:
-    try:
-        values = np.array(rows[name].to_pylist(), dtype=np.float32)
-    except ValueError as error:
-        raise DataError(f"{name} in {root / 'data'} has rows of different lengths") from error
-    if values.ndim != 2 or not np.isfinite(values).all():
+    column = rows[name].combine_chunks()
+    kind = column.type
+    if not pa.types.is_list(kind) and not pa.types.is_fixed_size_list(kind):
+        raise DataError(f"{name} in {root / 'data'} is no list of numbers", hint=RECORD_AGAIN)
+    widths = pc.unique(pc.list_value_length(column)).to_pylist()
+    if len(widths) != 1 or not widths[0] or widths[0] > MAX_DIMENSIONS:
+        raise DataError(f"{name} in {root / 'data'} has rows of different lengths")
+    flat = pc.list_flatten(column)
+    if not pa.types.is_floating(flat.type) and not pa.types.is_integer(flat.type):
+        raise DataError(f"{name} in {root / 'data'} is no list of numbers", hint=RECORD_AGAIN)
+    with np.errstate(over="ignore"):  # refused below
+        values: Floats = (
+            flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, widths[0])
+        )
+    if not (np.abs(values) <= MAX_MAGNITUDE).all():  # false for NaN
         raise DataError(
             f"{name} in {root / 'data'} holds values that are no finite numbers",
             hint="remove the episode: lerobot-edit-dataset --operation.type delete_episodes",
@@ -280,19 +327,21 @@ def _matrix(root: Path, rows: pa.Table, name: str) -> Floats:
 
 
 def _task_indices(root: Path, rows: pa.Table, numbers: Mapping[int, int]) -> Ints:
-    found = rows["task_index"].to_pylist()
-    unknown = sorted(set(found) - numbers.keys())
+    found, place_N = np.unique(_integers(root / "data", rows, "task_index"), return_inverse=True)
+    unknown = sorted(set(found.tolist()) - numbers.keys())
     if unknown:
         raise DataError(
             f"{root / 'meta' / 'tasks.parquet'} lacks the text of task {unknown[0]}",
             hint=RECORD_AGAIN,
         )
-    return np.array([numbers[number] for number in found], dtype=np.int64)
+    return np.array([numbers[number] for number in found.tolist()], dtype=np.int64)[place_N]
 
 
 def _read_cameras(root: Path, info: Info, episodes: pa.Table, rows: pa.Table) -> dict[str, Footage]:
     cameras = {}
     for key, feature in info.features.items():
+        if feature.dtype in ("video", "image"):
+            check_camera(key, root / "meta" / "info.json")
         if feature.dtype == "video":
             footage = _video_footage(root, info, episodes, rows, key)
         elif feature.dtype == "image":
@@ -307,14 +356,14 @@ def _video_footage(root: Path, info: Info, episodes: pa.Table, rows: pa.Table, k
     pattern, prefix = info.video_path or DEFAULT_VIDEO_PATH, f"videos/{key}"
     paths = _episode_paths(root, pattern, episodes, prefix, {"video_key": key})
     files = list(dict.fromkeys(paths))
-    episode_N = rows["episode_index"].to_numpy()
-    first_E = np.rint(episodes[f"{prefix}/from_timestamp"].to_numpy() * info.fps).astype(np.int64)
+    episode_N = _integers(root / "data", rows, "episode_index")
+    first_E = np.rint(_starts(root, episodes, prefix) * info.fps).astype(np.int64)
     return Footage(
         key=key,
         files=tuple(files),
         file_N=np.array([files.index(path) for path in paths])[episode_N],
-        number_N=first_E[episode_N] + rows["frame_index"].to_numpy(),
-        size=_size(info.features[key]),
+        number_N=first_E[episode_N] + _integers(root / "data", rows, "frame_index"),
+        size=_size(root, key, info.features[key]),
         is_video=True,
     )
 
@@ -325,13 +374,28 @@ def _image_footage(root: Path, info: Info, episodes: pa.Table, rows: pa.Table, k
         files=tuple(_numbered_paths(root, info.data_path, episodes, "data", {})),
         file_N=rows["file"].to_numpy(),
         number_N=rows["row"].to_numpy(),
-        size=_size(info.features[key]),
+        size=_size(root, key, info.features[key]),
         is_video=False,
     )
 
 
-def _size(feature: Feature) -> tuple[int, int]:
+def _starts(root: Path, episodes: pa.Table, prefix: str) -> NDArray[np.float64]:
+    """Second of each episode's first frame within its video."""
+    name = f"{prefix}/from_timestamp"
+    if name not in episodes.column_names or not pa.types.is_floating(episodes[name].type):
+        raise DataError(f"{root / 'meta' / 'episodes'} lacks {name}", hint=RECORD_AGAIN)
+    seconds = np.asarray(episodes[name].to_numpy(), dtype=np.float64)
+    if not ((seconds >= 0) & (seconds < MAX_FRAMES)).all():
+        raise DataError(f"{root / 'meta' / 'episodes'}: {name} is no time", hint=RECORD_AGAIN)
+    return seconds
+
+
+def _size(root: Path, key: str, feature: Feature) -> tuple[int, int]:
     """Height and width, whichever way round the shape is."""
+    if len(feature.shape) != 3 or not all(1 <= side <= MAX_SIDE for side in feature.shape):
+        raise DataError(
+            f"{root / 'meta' / 'info.json'}: {key} has shape {feature.shape}", hint=RECORD_AGAIN
+        )
     a, b, c = feature.shape
     return (b, c) if a in (1, 3) and c not in (1, 3) else (a, b)
 
@@ -358,8 +422,14 @@ def _check_videos(footage: Footage, fps: float, camera: str) -> None:
 def _with_warnings(recording: Recording, info: Info) -> Recording:
     found = []
     for name, values in ((STATE, recording.states_NS), (ACTION, recording.actions_NA)):
-        names = info.features[name].names
         for index in still_dimensions(feature_statistics(values)):
-            joint = names[index] if isinstance(names, list) else str(index)
+            joint = _joint(info, name, index)
             found.append(f"{joint} never moves in {name}; it is not scaled up")
     return replace(recording, warnings=tuple(found))
+
+
+def _joint(info: Info, feature: str, index: int) -> str:
+    """What the dataset calls a dimension, where it has a printable name."""
+    names = info.features[feature].names if feature in info.features else None
+    name = names[index] if isinstance(names, list) and index < len(names) else None
+    return name if isinstance(name, str) and name.isprintable() else str(index)

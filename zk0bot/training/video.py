@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 
 from zk0bot.errors import DataError
 
+ONLY_FILES = {"protocol_whitelist": "file"}
+"""A playlist that calls itself a video would otherwise make FFmpeg ask other machines."""
+MAX_SIDE = 8192
+"""Pixels."""
 Frames = NDArray[np.uint8]
 MEND = "copy the file again from where it was recorded, or record its episodes anew"
 
@@ -43,13 +47,17 @@ def _opened(path: Path) -> av.container.InputContainer:
     if not path.is_file():
         raise DataError(f"video {path} is missing", hint=MEND)
     try:
-        container = av.open(str(path))
+        container = av.open(str(path), format="mp4", options=ONLY_FILES)
     except (av.error.FFmpegError, OSError) as error:
         raise DataError(f"video {path} cannot be opened: {error}", hint=MEND) from error
     if not container.streams.video:
         container.close()
         raise DataError(f"video {path} holds no pictures", hint=MEND)
-    container.streams.video[0].thread_type = "NONE"
+    stream = container.streams.video[0]
+    if not (0 < stream.width <= MAX_SIDE and 0 < stream.height <= MAX_SIDE):
+        container.close()
+        raise DataError(f"video {path} is {stream.width}x{stream.height} px", hint=MEND)
+    stream.thread_type = "NONE"
     return container
 
 
