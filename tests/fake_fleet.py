@@ -242,7 +242,8 @@ class FakeSuperNode:
     def pull(self) -> PullMessagesResponse:
         answer = self.post("pull-messages", PullMessagesRequest(node=self._node()))
         assert answer.status_code == 200
-        return PullMessagesResponse.FromString(answer.content)
+        pulled: PullMessagesResponse = PullMessagesResponse.FromString(answer.content)
+        return pulled
 
     def receive(self) -> FlowerMessage | None:
         """Take in the next order, as a SuperNode does; None when there is none for it."""
@@ -270,7 +271,9 @@ class FakeSuperNode:
 
     def pull_object(self, key: str) -> PullObjectResponse:
         request = PullObjectRequest(node=self._node(), run_id=RUN_ID, object_id=key)
-        return PullObjectResponse.FromString(self.post("pull-object", request).content)
+        answer = self.post("pull-object", request)
+        pulled: PullObjectResponse = PullObjectResponse.FromString(answer.content)
+        return pulled
 
     def confirm(self, message_id: str) -> Response:
         request = ConfirmMessageReceivedRequest(
@@ -296,7 +299,8 @@ class FakeSuperNode:
         )
         answer = self.post("push-messages", request)
         assert answer.status_code == 200
-        return PushMessagesResponse.FromString(answer.content)
+        announced: PushMessagesResponse = PushMessagesResponse.FromString(answer.content)
+        return announced
 
     def push(self, session: str, key: str, content: bytes) -> bool:
         request = PushObjectRequest(
@@ -313,7 +317,7 @@ class FakeSuperNode:
 
 def build_reply(order: FlowerMessage, content: RecordDict | Error) -> FlowerMessage:
     """A ClientApp's answer to ``order``."""
-    reply = FlowerMessage(content, reply_to=order)  # type: ignore[call-overload]
+    reply = FlowerMessage(content, reply_to=order)
     assert isinstance(reply, FlowerMessage)
     reply.metadata.__dict__["_message_id"] = reply.object_id
     return reply

@@ -1,16 +1,32 @@
 """Flower's SuperNode with shorter waits; same flags as ``flower-supernode``."""
 
 import os
+import shutil
 import sys
 import time
 from types import SimpleNamespace
 
+from flwr.common.constant import APP_DIR
+from flwr.supercore.utils import get_flwr_home
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli import flower_supernode
 
 from zk0bot.federation.pace import hasten_pulls
+from zk0bot.files import private_dir
 
 LONGEST_NAP_S = 0.1
+
+
+def empty_apps() -> None:
+    """Leave no unpacked bundle behind: Flower would run what lies there without another look.
+
+    Only this account may write to the folder from now on.
+    """
+    apps = get_flwr_home() / APP_DIR
+    if apps.is_symlink():
+        apps.unlink()
+    shutil.rmtree(apps, ignore_errors=True)
+    private_dir(private_dir(get_flwr_home()) / APP_DIR)
 
 
 def hasten_supernode() -> None:
@@ -30,6 +46,7 @@ def main() -> None:
     Flower's own process lives on without its loop, connected to nothing; this one ends, so that it
     is started again.
     """
+    empty_apps()
     hasten_supernode()
     hasten_pulls()
     code = 1

@@ -27,6 +27,8 @@ MAX_BODY_BYTES = 2**20
 """Of anything but a piece of an array."""
 MAX_HEADER_BYTES = 4 * 2**20
 """Of the safetensors blob; it lies within the first piece."""
+MAX_NAME_CHARS = 256
+"""Of a tensor; names are shown in terminals."""
 MAX_TREE_OBJECTS = 16384
 MAX_TREE_DEPTH = 8
 
@@ -190,6 +192,8 @@ def read_tensor_table(first_piece: memoryview, total: int | None = None) -> dict
     table: dict[str, TensorInfo] = {}
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: _offsets(item[1])):
+        if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
+            raise ObjectError("blob with an odd name")
         info, (begin, end) = _tensor_info(entry), _offsets(entry)
         if begin != position or end - begin != math.prod(info.shape) * _ITEM_BYTES[info.dtype]:
             raise ObjectError("blob whose tensors do not fill it")
