@@ -7,6 +7,7 @@ dawdles in the TLS handshake, the head, the body or in reading its answer is cut
 import asyncio
 import http
 import logging
+import signal
 import ssl
 import sys
 import time
@@ -400,7 +401,7 @@ class GuardedServer(uvicorn.Server):
             await self.lifespan.shutdown()
             sys.exit(1)
         self.servers = [listener]
-        self._tasks = [asyncio.create_task(companion()) for companion in self.companions]
+        self._tasks = [start_vital(companion()) for companion in self.companions]
         self.started = True
 
     async def shutdown(self, sockets: list[Any] | None = None) -> None:
@@ -425,6 +426,19 @@ class GuardedServer(uvicorn.Server):
         return GuardedProtocol(
             self._door, ticket, self.config, self.server_state, self.lifespan.state
         )
+
+
+def start_vital(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Run ``work`` beside the requests; if it fails, this process ends and is started again."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(_end_if_failed)
+    return task
+
+
+def _end_if_failed(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("a part of the gateway failed", exc_info=error)
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _name(error: OSError) -> str:

@@ -40,14 +40,14 @@ from zk0bot.gateway.forward import (
     forward_bytes,
 )
 from zk0bot.gateway.guard import Meter, Rate
-from zk0bot.gateway.protocol import Door, GuardedServer, Limits
+from zk0bot.gateway.protocol import Door, GuardedServer, Limits, start_vital
 from zk0bot.gateway.refusals import RefusalDesk
 from zk0bot.gateway.registrar import SECRET_HEADER, read_secret
 from zk0bot.gateway.roll import Roll
 from zk0bot.gateway.tls import CertificateSource, LiveCertificate, build_client_context
 from zk0bot.records import GatewayHealth, NodeProgress
 from zk0bot.trust.audit import AuditLog, RefusalLog
-from zk0bot.trust.certificates import CA_CERT, CertificateInfo
+from zk0bot.trust.certificates import CA_CERT, CA_KEY, SERVER_KEY, CertificateInfo
 from zk0bot.trust.keys import PUBLIC_KEY_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER
 from zk0bot.trust.private import refuse_exposed
 from zk0bot.trust.registry import NodeRecord, Registry
@@ -61,8 +61,8 @@ FLAG_POLL_S = 0.02
 HEALTH_KEPT_S = 0.5
 """Whoever asks for health costs the SuperLink no more than one question in this time."""
 MAX_PROGRESS_BYTES = 4096
-ANONYMOUS_RATE = Rate(per_second=20.0, burst=100)
-"""Requests without a node's key from one address; ``client start`` asks ten times a second."""
+ANONYMOUS_RATE = Rate(per_second=50.0, burst=200)
+"""Requests without a node's key from one address; ``server start`` asks ten times a second."""
 ENROL_RATE = Rate(per_second=1.0, burst=20)
 """Tries to join from one address: a join code has 128 secret bits and 20 tries."""
 OPEN_FILES = 8192
@@ -273,10 +273,7 @@ def assemble(site: Site, client: httpx.AsyncClient, registry: Registry, roll: Ro
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        tasks = [
-            asyncio.create_task(bell.watch()),
-            asyncio.create_task(roll.keep(end_departed)),
-        ]
+        tasks = [start_vital(bell.watch()), start_vital(roll.keep(end_departed))]
         yield
         for task in tasks:
             task.cancel()
@@ -348,6 +345,8 @@ def _parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.tls_cert is None) != (args.tls_key is None):
         parser.error("--tls-cert and --tls-key go together")
+    if Paths(args.dir.parent).server_dir != args.dir:
+        parser.error("--dir is the folder 'server' below a state root")
     return args
 
 
@@ -358,6 +357,13 @@ def _refuse_public(host: str) -> None:
         if ipaddress.ip_address(name).is_loopback:
             return
     raise ConfigError(f"--insecure with host {host!r}", hint="use 127.0.0.1, or leave it out")
+
+
+def _refuse_exposed(site: Site) -> None:
+    """Raises ConfigError when another account could read what this process keeps secret."""
+    tls_dir, loopback = site.paths.tls_dir, site.loopback
+    refuse_exposed(loopback, loopback / "secret", loopback / "server.key")
+    refuse_exposed(tls_dir, tls_dir / CA_KEY, tls_dir / SERVER_KEY, site.paths.enrolment_dir)
 
 
 def _allow_open_files() -> None:
@@ -408,7 +414,7 @@ def main() -> None:
     try:
         if args.insecure:
             _refuse_public(args.host)
-        refuse_exposed(site.loopback, site.loopback / "secret", paths.tls_dir)
+        _refuse_exposed(site)
         server = build_server(site, args.host, args.port, None if args.insecure else source)
     except Zk0Error as error:
         logger.error("%s (%s)", error.message, error.hint)

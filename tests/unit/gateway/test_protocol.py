@@ -185,6 +185,17 @@ def test_a_body_that_drips_is_cut_off_and_a_slow_link_is_not(
     assert [len(body) for body in stand.superlink.bodies if body] == [20000]
 
 
+def test_revoking_a_node_ends_its_upload_at_once(port: Port, stand: Stand) -> None:
+    request = head("POST", "/v1/fleet/push-object", "content-length: 20000", *signed(stand.key))
+    with port.connect() as link:
+        link.sendall(request + b"x" * 10000)
+        wait_until(lambda: "/v1/fleet/push-object" in stand.superlink.paths)
+        stand.registry.revoke("alice")
+        started = time.monotonic()
+        assert read_all(link) == b""
+        assert time.monotonic() - started < 2
+
+
 def test_an_answer_that_nobody_takes_is_given_up(
     stand: Stand, free_port: Callable[[], int], fast_checks: None
 ) -> None:
