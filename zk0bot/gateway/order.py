@@ -74,7 +74,6 @@ class Order:
         self.is_received = False
         self.num_bytes = 0
         self.passed: set[str] = set()
-        self._first_children = {kids[0] for kids in self.nodes.values() if kids}
 
     @property
     def id(self) -> str:
@@ -95,14 +94,13 @@ class Order:
 
         Raises ObjectError when it is not what the tree says.
         """
-        if self.nodes.get(object_id) != item.children:
+        if set(self.nodes[object_id]) != set(item.children):  # a SuperLink's database mixes them
             raise ObjectError("object that does not belong to its order")
         if object_id not in self.passed:
             self.passed.add(object_id)
             self.num_bytes += size
-        if item.kind == CHUNK and object_id in self._first_children:
-            self.tensors = read_tensor_table(item.body)
-            return True
+        if item.kind == CHUNK:
+            return self._note_piece(item)
         if item.kind == CONFIG:
             return self._note_config(item)
         return item.kind == MESSAGE and self._note_head(item)
@@ -121,6 +119,13 @@ class Order:
         plain.message_id = self.metadata.message_id
         self.metadata.CopyFrom(plain)
         return True
+
+    def _note_piece(self, item: FlowerObject) -> bool:
+        """Take in the table of the weights, if this is the piece that begins with it."""
+        with suppress(ObjectError):
+            self.tensors = read_tensor_table(item.body)
+            return True
+        return False
 
     def _note_config(self, item: FlowerObject) -> bool:
         text = read_config(item).get("json")
@@ -177,8 +182,8 @@ class Orders:
     def add(self, metadata: Metadata, tree: ObjectTree) -> Order:
         """Remember an order that the SuperNode is about to get; raises ObjectError."""
         order = Order(metadata, tree, self._clock())
-        for first in order._first_children & self._tables.keys():
-            order.tensors = self._tables[first]
+        for piece in order.nodes.keys() & self._tables.keys():
+            order.tensors = self._tables[piece]
         self._open[order.id] = order
         self._forget_old()
         self.save(order)

@@ -75,7 +75,7 @@ class Draft:
         if key not in self.nodes:
             raise ObjectError("object that was not announced")
         item = check_object(content, key)
-        if item.children != self.nodes[key]:
+        if set(item.children) != set(self.nodes[key]):
             raise ObjectError("object with other children than announced")
         _write(self.folder / "objects" / key, content)
         return item.kind, len(item.body)
