@@ -22,6 +22,13 @@ LINK = re.compile(r"(?:\]\(|(?:src|href)=\")([^)\"\s]+)")
 """Targets of Markdown links and pictures, and of those in HTML."""
 HEAVY = ("torch", "lerobot", "flwr", "transformers", "mujoco", "matplotlib", "pandas")
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "task"}
+RUNS_CODE = {
+    "pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "eval",
+    "exec", "compile", "__import__", "torch.load", "torch.hub", "torch.jit.load", "np.load",
+    "numpy.load", "os.system", "os.popen", "trust_remote_code=", "allow_pickle=", "shell=",
+    "weights_only=", "code.interact", "runpy", "pd.read_pickle",
+}  # fmt: skip
+"""Modules, calls and arguments that make something from outside run."""
 LONGEST_FUNCTION = 60
 """Lines; past 40 a function should find the step that has a name."""
 
@@ -105,6 +112,18 @@ def test_imports_stand_at_the_top_or_say_why_not(path: Path) -> None:
     assert not inner
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_from_outside_is_ever_run(path: Path) -> None:
+    """No pickle, no code out of models, settings or texts, and no shell."""
+    found = [
+        f"{path.name}:{node.lineno} {name}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in _names_in(node)
+        if name in RUNS_CODE
+    ]
+    assert not found
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_between_pages_lead_somewhere(path: Path) -> None:
     targets = [target.partition("#")[0] for target in LINK.findall(path.read_text())]
@@ -117,6 +136,19 @@ def test_tests_reach_no_other_machine_and_no_real_home(home: Path) -> None:
         socket.create_connection(("192.0.2.1", 9))
     assert Path.home() == home
     assert home.parent == Path("/tmp")
+
+
+def _names_in(node: ast.AST) -> Iterator[str]:
+    """What an import, a call or an argument is called."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name.split(".")[0] for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield (node.module or "").split(".")[0]
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Call):
+        yield ast.unparse(node.func)
+    elif isinstance(node, ast.keyword):
+        yield f"{node.arg}="
 
 
 def _public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

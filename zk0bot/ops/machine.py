@@ -1,7 +1,7 @@
 """This machine, as every operation gets it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from zk0bot.config.paths import Paths
 from zk0bot.ops.host import Host
@@ -15,5 +15,5 @@ class Machine:
     paths: Paths
     host: Host
     surroundings: Surroundings
-    secrets: Mapping[str, str]
+    secrets: Mapping[str, str] = field(repr=False)
     """Tokens for the trainers."""

@@ -6,12 +6,13 @@ The token is never in argv and never in a log.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 import huggingface_hub
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import DryRunError
 
 from zk0bot.config.paths import Paths
 from zk0bot.errors import ConfigError, DataError, ModelError
@@ -27,26 +28,34 @@ def fetch(
     revision: str,
     patterns: list[str],
     on_size: Callable[[int], None] = lambda mib: None,
+    max_bytes: int | None = None,
 ) -> Path:
     """A folder with the files of ``repo_id`` that match ``patterns``, downloaded where needed.
 
     An empty ``revision`` is the main branch. ``on_size`` hears every second, from another thread,
     how many MiB of it are on disk. Raises ModelError or DataError when the hub cannot
-    be reached, has no such thing, or refuses it.
+    be reached, has no such thing, refuses it, or would send more than ``max_bytes``.
     """
     cache = paths.cache_dir / "hub"
+    download = partial(
+        huggingface_hub.snapshot_download,
+        repo_id,
+        repo_type=kind,
+        revision=revision or None,
+        cache_dir=cache,
+        allow_patterns=patterns,
+        token=hub_token(paths.root),
+    )
+    wrong = ModelError if kind == "model" else DataError
     try:
-        with reporting_size(cache / f"{kind}s--{repo_id.replace('/', '--')}", on_size):
-            folder = huggingface_hub.snapshot_download(
-                repo_id,
-                repo_type=kind,
-                revision=revision or None,
-                cache_dir=cache,
-                allow_patterns=patterns,
-                token=hub_token(paths.root),
+        if max_bytes is not None and (size := _missing_bytes(download)) > max_bytes:
+            raise wrong(
+                f"{kind} {repo_id!r} is {size >> 30} GiB, more than {max_bytes >> 30} GiB",
+                hint="download it yourself and give its folder, if you want it",
             )
-    except (httpx.HTTPError, HFValidationError, OSError) as error:
-        wrong = ModelError if kind == "model" else DataError
+        with reporting_size(cache / f"{kind}s--{repo_id.replace('/', '--')}", on_size):
+            folder = download()
+    except (httpx.HTTPError, ValueError, OSError) as error:  # a name or path that no hub has, too
         raise wrong(
             f"{kind} {repo_id!r} cannot be had from the hub: {error}",
             hint="check name, revision and network; for what is private set HF_TOKEN",
@@ -72,6 +81,13 @@ def reporting_size(
     finally:
         is_over.set()
         thread.join()
+
+
+def _missing_bytes(download: Callable[..., Any]) -> int:
+    """What ``download`` would fetch; 0 where the hub cannot be asked."""
+    with suppress(DryRunError):
+        return sum(file.file_size for file in download(dry_run=True) if file.will_download)
+    return 0
 
 
 def hub_token(root: Path) -> str | None:

@@ -33,6 +33,8 @@ PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w-]*(\.[\w-]+)*", re.ASCII)
 MAX_REPO_ID = 96
 """Characters; the hub's own limit."""
+MAX_DOWNLOAD = 2**35
+"""Bytes that a server may make a node fetch by naming a model."""
 MAX_PARAMETERS = 4 * 10**9
 
 
@@ -124,6 +126,7 @@ def find_checkpoint(policy: PolicyConfig, paths: Paths) -> Path:
             paths,
             revision=policy.model_revision,
             patterns=[*CHECKPOINT_FILES, *(f"{VLM_FOLDER}/{name}" for name in VLM_FILES)],
+            max_bytes=MAX_DOWNLOAD,
         )
     for name in CHECKPOINT_FILES:
         if not (folder / name).is_file():
@@ -158,7 +161,9 @@ def _find_vlm(folder: Path, name: str, paths: Paths) -> Path:
                 f"{folder} names the VLM {name!r}, which is neither inside it nor a hub id",
                 hint=f"copy that folder to {vlm}",
             )
-        vlm = fetch(name, "model", paths, revision="", patterns=list(VLM_FILES))
+        vlm = fetch(
+            name, "model", paths, revision="", patterns=list(VLM_FILES), max_bytes=MAX_DOWNLOAD
+        )
     check_vlm(vlm)
     return vlm
 

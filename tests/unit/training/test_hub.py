@@ -1,5 +1,6 @@
 import queue
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from zk0bot.config.paths import Paths
 from zk0bot.errors import DataError, ModelError
 from zk0bot.training.checkpoint import save_checkpoint
 from zk0bot.training.data import find_dataset
-from zk0bot.training.hub import reporting_size
+from zk0bot.training.hub import fetch, reporting_size
 from zk0bot.training.policy import build_policy
 from zk0bot.training.protocol import PolicySpec
 
@@ -94,6 +95,20 @@ def test_a_policy_is_downloaded(
     missing = settings.model_copy(update={"model_name": "owner/none"})
     with pytest.raises(ModelError, match="model 'owner/none' cannot be had"):
         build_policy(PolicySpec(policy=missing, seed=3), Paths(tmp_path))
+
+
+def test_a_model_that_would_fill_the_disk_is_not_fetched(
+    hub: Hub, new_tiny: Callable[[], SmolVLAPolicy], tmp_path: Path
+) -> None:
+    save_checkpoint(new_tiny(), None, tmp_path / "policy", card="", metrics={})
+    fetch_model = partial(
+        fetch, "owner/policy", "model", Paths(tmp_path), revision="", patterns=["*"]
+    )
+    with pytest.raises(ModelError, match="more than 0 GiB"):
+        fetch_model(max_bytes=1000)
+    assert not list(tmp_path.glob("cache/hub/models--owner--policy/blobs/*"))
+    assert fetch_model(max_bytes=2**30).is_dir()
+    assert fetch_model(max_bytes=1000).is_dir()  # it is here already
 
 
 def test_only_hub_uris_ask_the_hub(
