@@ -201,8 +201,7 @@ class AuditLog:
         line = _read_last_line(self._files.log)
         if not line:
             return START
-        event = chain.find_event(line)
-        return event.mark if event and chain.has_own_hash(event) else None
+        return _find_mark(line)
 
     def _recover(self, public: Ed25519PublicKey, head: Mark | None) -> tuple[Mark, list[_Note]]:
         """Mend what a killed writer left; note what none leaves."""
@@ -480,13 +479,18 @@ def _follow_file(path: Path, public: Ed25519PublicKey, after: Mark) -> tuple[Mar
     lines = _read_lines(path, size)
     if after != START:
         line = next(itertools.islice(lines, after.seq - 1, None), b"")
-        event = chain.find_event(line)
         if not line:
             return after, "lines were missing at the end"
-        if event is None or event.mark != after:
+        if _find_mark(line) != after:
             return after, "the last line that head.json knows was changed"
     end, problem = chain.follow(lines, public, after)
     return end, problem and f"line {end.seq + 1} {problem}"
+
+
+def _find_mark(line: bytes) -> Mark | None:
+    """The mark of a line as it is now; None when that is no event or not what its hash says."""
+    event = chain.find_event(line)
+    return event.mark if event and chain.has_own_hash(event) else None
 
 
 def _read_last_line(path: Path) -> bytes:

@@ -1,6 +1,7 @@
 """The audit log against whoever changes it, against crashes, full disks and floods of refusals."""
 
 import contextlib
+import json
 import logging
 import random
 import shutil
@@ -17,7 +18,7 @@ from zk0bot.trust.audit import DAMAGED, RECOVERED, AuditLog, RefusalLog, read_ev
 from zk0bot.trust.chain import AuditEvent, Mark
 
 logger = logging.getLogger(__name__)
-LOG, HEAD, PUBLIC = "audit.jsonl", "head.json", "signing.pub"
+LOG, HEAD, PUBLIC, KEY = "audit.jsonl", "head.json", "signing.pub", "signing.key"
 NUM_LINES = 30
 Disk = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -44,25 +45,30 @@ class Vandal:
     folder: Path
     other: Path
     """Another service's log."""
+    fork: Path
+    """What this service's log would be had it gone on otherwise after ten lines; same key."""
     old_heads: list[bytes]
     """Heads that this log had before."""
     rng: random.Random
     original: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.original = {name: (self.folder / name).read_bytes() for name in (LOG, HEAD, PUBLIC)}
+        names = (LOG, HEAD, PUBLIC, KEY)
+        self.original = {name: (self.folder / name).read_bytes() for name in names}
 
     def restore(self) -> None:
         for name, content in self.original.items():
             (self.folder / name).write_bytes(content)
 
     def strike(self) -> str:
-        """Make one change; its kind."""
+        """Make one change; its kind. Every other log is one without its key, as an auditor has."""
+        if self.rng.random() < 0.5:
+            (self.folder / KEY).unlink()
         ways = [
             self.change_byte, self.change_byte, self.drop_byte, self.add_byte, self.truncate,
             self.truncate, self.drop_lines, self.repeat_lines, self.insert_foreign_line,
             self.insert_blank, self.swap_lines, self.move_line, self.shuffle, self.replace_line,
-            self.delete, self.put_back_head, self.swap_file,
+            self.delete, self.put_back_head, self.swap_file, self.respell, self.insert_forked_line,
         ]  # fmt: skip
         while True:
             way = self.rng.choice(ways)
@@ -120,6 +126,34 @@ class Vandal:
         lines.insert(self.rng.randrange(len(lines) + 1), self.rng.choice(foreign))
         return LOG, b"".join(lines)
 
+    def insert_forked_line(self) -> tuple[str, bytes]:
+        """In place of the one of the same number: only the line before it tells them apart."""
+        lines = self._lines()
+        forked = (self.fork / LOG).read_bytes().splitlines(keepends=True)
+        at = self.rng.randrange(10, len(forked))
+        lines[at:] = self.rng.choice([forked[at:], [forked[at], *lines[at + 1 :]]])
+        return LOG, b"".join(lines)
+
+    def respell(self) -> tuple[str, bytes]:
+        """Another way to write the same JSON, or the same key."""
+        name = self.rng.choice([LOG, LOG, HEAD, PUBLIC])
+        if name == PUBLIC:
+            return name, self.original[name].replace(b"\n", self.rng.choice([b"\r\n", b" \n"]))
+        lines = self.original[name].splitlines(keepends=True)
+        at = self.rng.randrange(len(lines))
+        value = json.loads(lines[at])
+        spelling = {
+            0: lambda: lines[at].replace(b",", b", ", 1),
+            1: lambda: lines[at].replace(b'"seq":', b'"seq": ', 1),
+            2: lambda: json.dumps(dict(reversed(value.items())), separators=(",", ":")).encode(),
+            3: lambda: lines[at].replace(value["sig"].encode(), value["sig"].upper().encode()),
+            4: lambda: lines[at].replace(b"\n", b"\r\n"),
+            5: lambda: lines[at].replace(b'{"seq":', b'{"seq":0,"seq":', 1),
+            6: lambda: lines[at].replace(b'"seq"', b'"\\u0073eq"', 1),
+        }[self.rng.randrange(7)]
+        lines[at] = spelling().rstrip(b"\n") + b"\n"
+        return name, b"".join(lines)
+
     def insert_blank(self) -> tuple[str, bytes]:
         lines = self._lines()
         blank = self.rng.choice([b"\n", b" \n", b"{}\n", b"[" * 50_000 + b"\n", b"\xff\n"])
@@ -164,14 +198,18 @@ class Vandal:
 @pytest.fixture
 def vandal(tmp_path: Path) -> Vandal:
     folder, other, old_heads = tmp_path / "audit", tmp_path / "other", []
+    fork = tmp_path / "fork"
     for count in (1, 9, 10, 9):
         write_some(folder, count)
+        if count == 9 and not fork.exists():
+            shutil.copytree(folder, fork)
         old_heads.append((folder / HEAD).read_bytes())
     write_some(folder, 1)
     write_some(other)
+    write_some(fork, 20)
     assert verify(folder).ok
     assert verify(folder).lines == NUM_LINES
-    return Vandal(folder=folder, other=other, old_heads=old_heads, rng=random.Random(7))
+    return Vandal(folder=folder, other=other, fork=fork, old_heads=old_heads, rng=random.Random(7))
 
 
 @pytest.mark.parametrize(
@@ -237,13 +275,45 @@ def test_a_head_that_is_none_is_refused(text: str) -> None:
         Mark.parse(text)
 
 
-def test_the_first_problem_is_named_with_its_line(tmp_path: Path) -> None:
-    write_some(tmp_path / "audit", 5)
-    log = tmp_path / "audit" / LOG
-    log.write_bytes(log.read_bytes().replace(b'"round":2', b'"round":3'))
+@pytest.mark.parametrize(
+    ("change", "line", "problem"),
+    [
+        (lambda lines: [*lines[:2], b"{}\n", *lines[3:]], 3, "is no event"),
+        (lambda lines: [*lines[:4], lines[4][:-1]], 5, "is cut off"),
+        (lambda lines: lines[:3], 4, "lines 4 to 5 are missing"),
+        (lambda lines: [*lines[:2], *lines[3:]], 3, "is number 4, where number 3 belongs"),
+        (lambda lines: [line.replace(b'"round":2', b'"round":3') for line in lines], 3,
+         "was changed after it was written"),
+        (lambda lines: [line.replace(b'"prev":"', b'"prev":"0')[:] for line in lines], 1,
+         "does not follow on the line before it"),
+    ],
+)  # fmt: skip
+def test_the_first_problem_is_named_with_its_line(
+    tmp_path: Path, change: Callable[[list[bytes]], list[bytes]], line: int, problem: str
+) -> None:
+    write_some(tmp_path, 5)
+    lines = (tmp_path / LOG).read_bytes().splitlines(keepends=True)
+    (tmp_path / LOG).write_bytes(b"".join(change(lines)))
+    report = verify(tmp_path)
+    assert (report.problem_line, report.first_problem) == (line, problem)
+
+
+def test_a_whole_other_log_does_not_fit_the_key_that_is_there(tmp_path: Path) -> None:
+    write_some(tmp_path / "audit")
+    write_some(tmp_path / "forged")
+    for name in (LOG, HEAD, PUBLIC):
+        shutil.copy(tmp_path / "forged" / name, tmp_path / "audit" / name)
     report = verify(tmp_path / "audit")
-    assert (report.lines, report.problem_line) == (5, 3)
-    assert report.first_problem == "was changed after it was written"
+    assert report.first_problem == "signing.pub is not the public part of signing.key"
+
+
+def test_a_last_line_that_was_changed_is_no_crash(tmp_path: Path) -> None:
+    write_some(tmp_path, 3)
+    log = tmp_path / LOG
+    log.write_bytes(log.read_bytes().replace(b'"completed"', b'"cancelled"'))
+    write_some(tmp_path, 1)
+    assert names(tmp_path)[3:] == [DAMAGED, "run-ended"]
+    assert verify(tmp_path).problem_line == 3
 
 
 def test_a_line_torn_anywhere_is_put_aside_and_noted(tmp_path: Path) -> None:
