@@ -1,10 +1,12 @@
 """``zk0bot client``."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from zk0bot.cli.ledger import show_ledger
 from zk0bot.cli.logs import show_logs
 from zk0bot.cli.option import (
     ConfigFile,
@@ -31,55 +33,64 @@ Which = Annotated[
     typer.Argument(metavar="[CLIENT]", help="Name or dataset URI; not needed when one runs."),
 ]
 
+DatasetUri = Annotated[
+    str | None,
+    typer.Argument(
+        help="hf:owner/name, owner/name, local:/path, sim:TASK, or a name of configs/datasets.toml."
+    ),
+]
+JoinCode = Annotated[
+    str | None,
+    typer.Option(metavar="CODE", help="Join code of zk0bot server invite; - reads it."),
+]
+Server = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Another address of the server it has joined."),
+]
+Rename = Annotated[
+    list[str] | None,
+    typer.Option(metavar="A=B", help="Camera A of the dataset is the policy's B."),
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Plain HTTP to a server on this machine.")
+]
+MaxUpload = Annotated[float | None, typer.Option(metavar="MBIT", help="Send at most this fast.")]
+MaxBytes = Annotated[
+    int | None, typer.Option(metavar="BYTES", help="Send and receive at most this much a day.")
+]
+Hours = Annotated[
+    str | None, typer.Option(metavar="22:00-07:00", help="Take part in these hours only.")
+]
+LeaveAfterRound = Annotated[
+    int | None, typer.Option(metavar="N", help="Take part in rounds 1 to N of a run only.")
+]
+GpuOnlyWhenIdle = Annotated[
+    bool, typer.Option("--gpu-only-when-idle", help="Not while another program uses the GPU.")
+]
+Forbid = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Tensors and metrics that must not leave."),
+]
+
 
 @app.command()
 def start(
     ctx: typer.Context,
-    dataset_uri: Annotated[
-        str | None,
-        typer.Argument(
-            help="hf:owner/name, owner/name, local:/path, sim:TASK, or a name of "
-            "configs/datasets.toml."
-        ),
-    ] = None,
-    join: Annotated[
-        str | None,
-        typer.Option(metavar="CODE", help="Join code of zk0bot server invite; - reads it."),
-    ] = None,
-    server: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="Another address of the server it has joined."),
-    ] = None,
+    dataset_uri: DatasetUri = None,
+    join: JoinCode = None,
+    server: Server = None,
     name: Annotated[str | None, typer.Option(help="What the server calls this client.")] = None,
     episodes: Annotated[str | None, typer.Option(help="Such as 0-39,45.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision pin of a hub dataset.")] = None,
-    rename: Annotated[
-        list[str] | None,
-        typer.Option(metavar="A=B", help="Camera A of the dataset is the policy's B."),
-    ] = None,
+    rename: Rename = None,
     device: Annotated[str | None, typer.Option(help="auto, cuda or cpu.")] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Plain HTTP to a server on this machine.")
-    ] = False,
-    max_upload_mbit: Annotated[
-        float | None, typer.Option(metavar="MBIT", help="Send at most this fast.")
-    ] = None,
-    max_bytes_per_day: Annotated[
-        int | None, typer.Option(metavar="BYTES", help="Send and receive at most this much a day.")
-    ] = None,
-    hours: Annotated[
-        str | None, typer.Option(metavar="22:00-07:00", help="Take part in these hours only.")
-    ] = None,
-    leave_after_round: Annotated[
-        int | None, typer.Option(metavar="N", help="Take part in rounds 1 to N of a run only.")
-    ] = None,
-    gpu_only_when_idle: Annotated[
-        bool, typer.Option("--gpu-only-when-idle", help="Not while another program uses the GPU.")
-    ] = False,
-    forbid: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Tensors and metrics that must not leave."),
-    ] = None,
+    insecure: Insecure = False,
+    max_upload_mbit: MaxUpload = None,
+    max_bytes_per_day: MaxBytes = None,
+    hours: Hours = None,
+    leave_after_round: LeaveAfterRound = None,
+    gpu_only_when_idle: GpuOnlyWhenIdle = False,
+    forbid: Forbid = None,
     config: ConfigFile = None,
     set_: Settings = None,
     json: JsonFlag = False,
@@ -171,6 +182,26 @@ def list_(ctx: typer.Context, json: JsonFlag = False) -> None:
     show = get_show(ctx)
     machine = build_machine(show)
     show.result(list_clients(machine.paths, machine.host))
+
+
+@app.command()
+def ledger(
+    ctx: typer.Context,
+    client: Which = None,
+    lines: Lines = 20,
+    sum_: Annotated[
+        str | None, typer.Option("--sum", metavar="day|run|direction", help="Add them up.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all of it to FILE.csv or FILE.json.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show the messages that left this machine and those that came."""
+    show = get_show(ctx)
+    machine = build_machine(show)
+    service_dir = machine.paths.client_dir(find_client(machine, client))
+    show_ledger(show, service_dir, lines=lines, sum_by=sum_, export=export)
 
 
 @app.command()

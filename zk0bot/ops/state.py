@@ -107,6 +107,12 @@ class ClientStatus(Record):
     connected: bool = False
     node_id: str = ""
     link_error: str = ""
+    is_resting: bool = False
+    """The owner's hours or bytes per day keep it from the server now."""
+    waiting: int = 0
+    """Replies that are not at the server yet."""
+    held: int = 0
+    """Replies that the owner's policy held back since the client was started."""
     bytes_up: int = 0
     bytes_down: int = 0
     services: list[ServiceStatus] = Field(default_factory=list)
@@ -126,9 +132,16 @@ class ClientStatus(Record):
         return "\n".join(lines + [service.to_text() for service in self.services])
 
     def _connected(self) -> str:
-        return f"connected to {self.server} as {self.node}"
+        parts = [f"connected to {self.server} as {self.node}"]
+        if self.waiting:
+            parts.append(f"{self.waiting} replies on their way")
+        if self.held:
+            parts.append(f"{self.held} replies held back (zk0bot client ledger)")
+        return ", ".join(parts)
 
     def _disconnected(self) -> str:
+        if self.is_resting:
+            return self.link_error
         reason = f": {self.link_error}" if self.link_error else ""
         return f"not connected to {self.server}{reason}"
 
@@ -338,6 +351,9 @@ def _link_values(service_dir: Path) -> dict[str, object]:
         "connected": bool(link.node_id) and not link.error,
         "node_id": link.node_id,
         "link_error": link.error,
+        "is_resting": link.is_resting,
+        "waiting": link.waiting,
+        "held": link.held,
         "bytes_up": link.bytes_up,
         "bytes_down": link.bytes_down,
     }

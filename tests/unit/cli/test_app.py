@@ -49,7 +49,7 @@ GROUPS = {
         "revoke",
         "rotate-ca",
     ),
-    "client": ("start", "stop", "status", "logs", "attach", "list", "leave", "forget"),
+    "client": ("start", "stop", "status", "logs", "attach", "list", "leave", "forget", "ledger"),
 }
 EVERY_COMMAND = [
     *([name] for name in COMMANDS),
