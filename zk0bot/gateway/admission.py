@@ -31,6 +31,9 @@ _WORDS = {
     "node_revoked": "this node was revoked",
     "node_left": "this node has left",
     "too_many_requests": "too many requests of this node",
+    "node_id_refused": "the SuperLink knows this node by another id",
+    "foreign_reply": "this reply is not this node's own",
+    "bad_progress": "this is no report of progress",
 }
 
 

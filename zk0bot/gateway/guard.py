@@ -51,6 +51,7 @@ class Refusal:
 
     status: int
     reason: str
+    """One of a few: it must not be for the sender to choose how many there are."""
 
 
 def _list_operations() -> dict[str, Operation]:
@@ -85,7 +86,7 @@ def check_head(head: bytes) -> Head | Refusal:
         return Refusal(status=400, reason="request line")
     method, target, version = (part.decode("ascii") for part in request.groups())
     if version != "1.1":
-        return Refusal(status=505, reason=f"HTTP/{version}")
+        return Refusal(status=505, reason="HTTP version")
     headers = _read_headers(lines[1:])
     if isinstance(headers, Refusal):
         return headers
@@ -102,8 +103,10 @@ def _read_headers(lines: list[bytes]) -> dict[bytes, bytes] | Refusal:
         if header is None:
             return Refusal(status=400, reason="header line")
         name = header[1].lower()
-        if name in headers and (name in _ONCE or name.startswith(b"flwr-")):
+        if name in headers and name in _ONCE:
             return Refusal(status=400, reason=f"{name.decode('ascii')} twice")
+        if name in headers and name.startswith(b"flwr-"):
+            return Refusal(status=400, reason="a header of Flower twice")
         headers[name] = header[2]
     return headers if b"host" in headers else Refusal(status=400, reason="no host")
 

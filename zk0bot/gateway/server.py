@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import httpx
-from flwr.proto.fleet_pb2 import PullMessagesResponse
+from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
 from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -39,7 +39,7 @@ from zk0bot.gateway.forward import (
     forward,
     forward_bytes,
 )
-from zk0bot.gateway.guard import Meter, Rate
+from zk0bot.gateway.guard import MAX_REPLY_HEAD_BYTES, Meter, Rate, neighbourhood
 from zk0bot.gateway.protocol import Door, GuardedServer, Limits, start_vital
 from zk0bot.gateway.refusals import RefusalDesk
 from zk0bot.gateway.registrar import SECRET_HEADER, read_secret
@@ -76,6 +76,8 @@ REQUEST_HEADERS = frozenset(
 )
 """What of a node's request reaches the SuperLink."""
 NODE_REFUSALS, ENROL_REFUSALS = 0, 1
+TOLD_APART = 256
+"""Refusals by peer and reason that the audit log tells apart: a scan must not hide what follows."""
 
 
 class Bell:
@@ -146,9 +148,10 @@ class Gateway:
         self._roll.note_seen(node)
         if operation == "pull-messages":
             return await self._pull(request, node)
+        if operation == "push-messages":
+            return await self._push(request, node)
         answer = await forward(self._client, request, self._headers(request))
-        if operation == "push-messages" and answer.status_code == 200:
-            self._tell_of_reply(node)
+        _refuse_foreign_id(answer.status_code, node)
         return answer
 
     async def health(self, request: Request) -> Response:
@@ -173,12 +176,11 @@ class Gateway:
         """Keep a node's newest progress."""
         self._roll.note_seen(node)
         body = await read_at_most(request, MAX_PROGRESS_BYTES)
-        if body is None:
-            return Response(status_code=413)
         try:
-            progress = NodeProgress.model_validate_json(body)
+            progress = NodeProgress.model_validate_json(body or b"")
         except ValidationError:
-            return Response(status_code=400)
+            status = 413 if body is None else 400
+            raise RequestRefusedError(status, "bad_progress", node=node.name) from None
         node_id = self._roll.find_node_id(node)
         if not node_id:
             return Response(status_code=404)
@@ -195,10 +197,24 @@ class Gateway:
         except httpx.TransportError:
             return False
 
-    def _tell_of_reply(self, node: NodeRecord) -> None:
-        """Tell the ServerApp whose reply it is: the tensors follow."""
-        if node_id := self._roll.find_node_id(node):
+    async def _push(self, request: Request, node: NodeRecord) -> Response:
+        """Forward the head of a reply of ``node`` itself; Flower does not look whose it is."""
+        node_id = self._roll.find_node_id(node)
+        if not node_id:
+            return Response(status_code=502)  # the SuperLink does not know it yet
+        body = await read_at_most(request, MAX_REPLY_HEAD_BYTES)
+        if body is None:
+            return Response(status_code=413)
+        if _find_senders(body) != [int(node_id)]:
+            raise RequestRefusedError(403, "foreign_reply", node=node.name)
+        try:
+            answer = await forward_bytes(self._client, request, body, self._headers(request))
+        except httpx.TransportError:
+            return Response(status_code=502)
+        _refuse_foreign_id(answer.status_code, node)
+        if answer.status_code == 200:  # the ServerApp may wait for it; the tensors follow
             Flag(reply_flag(self._site.paths.progress_dir, node_id)).raise_()
+        return answer_with(answer)
 
     async def _pull(self, request: Request, node: NodeRecord) -> Response:
         body = await read_at_most(request)
@@ -216,6 +232,7 @@ class Gateway:
                 answer = await forward_bytes(self._client, request, body, headers)
         except httpx.TransportError:
             return Response(status_code=502)
+        _refuse_foreign_id(answer.status_code, node)
         return answer_with(answer)
 
     def _headers(self, request: Request) -> list[tuple[str, str]]:
@@ -233,7 +250,7 @@ class Quota:
     def has_room(self, request: Request) -> bool:
         """Whether this address may ask once more; a refusal is noted."""
         peer = peer_of(request)
-        if not self._meter.take(peer, time.monotonic()):
+        if not self._meter.take(neighbourhood(peer), time.monotonic()):
             return True
         self._desk.take(NODE_REFUSALS, peer, "too many requests without a key")
         return False
@@ -255,7 +272,10 @@ def build_app(site: Site) -> Starlette:
 def assemble(site: Site, client: httpx.AsyncClient, registry: Registry, roll: Roll) -> Starlette:
     """The application over parts that are made already."""
     audit = AuditLog(audit_dir(site.paths.server_dir))
-    desk = RefusalDesk(RefusalLog(audit), RefusalLog(audit, event="enrolment-refused"))
+    desk = RefusalDesk(
+        RefusalLog(audit, max_pairs=TOLD_APART),
+        RefusalLog(audit, event="enrolment-refused", max_pairs=TOLD_APART),
+    )
     bell = Bell(Flag(orders_flag(site.paths.progress_dir)))
     admission = Admission(registry)
     gateway = Gateway(client, site, roll, admission, bell)
@@ -322,6 +342,23 @@ def peer_of(request: Request) -> str:
 
 def _too_many() -> Response:
     return Response(status_code=429, headers={"connection": "close"})
+
+
+def _refuse_foreign_id(status: int, node: NodeRecord) -> None:
+    """Raise RequestRefusedError when the SuperLink found another node's id in a request."""
+    if status == 401:
+        raise RequestRefusedError(401, "node_id_refused", node=node.name)
+
+
+def _find_senders(body: bytes) -> list[int] | None:
+    """Node ids of the replies in the body of a ``push-messages``; None when it cannot be one."""
+    try:
+        push = PushMessagesRequest.FromString(body)
+    except DecodeError:
+        return None
+    if len(push.message_object_trees) != 1:
+        return None
+    return [message.metadata.src_node_id for message in push.messages_list]
 
 
 def _is_empty(answer: httpx.Response) -> bool:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from flwr.proto.fleet_pb2 import PullMessagesResponse
+from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
+from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from gateway_kit import PIECE, PULL, Stand, make_stand
 from starlette.testclient import TestClient
 
@@ -47,6 +48,14 @@ def join(gateway: TestClient, request: EnrolRequest) -> httpx.Response:
 
 def code_of(answer: httpx.Response) -> str:
     return str(answer.json()["error"]["code"])
+
+
+def reply(*senders: int) -> bytes:
+    """The head of a reply by each of ``senders``."""
+    messages = [Message(metadata=Metadata(src_node_id=sender)) for sender in senders]
+    return PushMessagesRequest(
+        messages_list=messages, message_object_trees=[ObjectTree()]
+    ).SerializeToString()
 
 
 def invite(stand: Stand, **terms: object) -> JoinCode:
@@ -182,9 +191,35 @@ def test_a_server_error_reaches_the_node_as_one_it_retries(
 
 def test_a_reply_raises_its_nodes_flag(gateway: TestClient, stand: Stand) -> None:
     stand.roll.sync()
-    post(gateway, stand, "/v1/fleet/push-messages", b"head")
-    assert stand.superlink.bodies == [b"head"]
+    post(gateway, stand, "/v1/fleet/push-messages", reply(77))
+    assert stand.superlink.bodies == [reply(77)]
     assert reply_flag(stand.paths.progress_dir, "77").exists()
+
+
+@pytest.mark.parametrize("body", [b"head", b"", reply(78), reply(77, 78), reply(78, 77), reply()])
+def test_a_reply_that_is_not_the_nodes_own_goes_no_further(
+    gateway: TestClient, stand: Stand, body: bytes
+) -> None:
+    stand.roll.sync()
+    answer = post(gateway, stand, "/v1/fleet/push-messages", body)
+    assert (answer.status_code, code_of(answer)) == (403, "foreign_reply")
+    assert stand.superlink.bodies == []
+    assert not reply_flag(stand.paths.progress_dir, "78").exists()
+
+
+def test_a_reply_before_the_node_has_an_id_can_be_sent_again(stand: Stand) -> None:
+    stand.roll.is_down = True
+    with TestClient(stand.build_app(), base_url="https://gateway") as gateway:
+        assert post(gateway, stand, "/v1/fleet/push-messages", reply(77)).status_code == 502
+
+
+def test_another_nodes_id_is_noted(gateway: TestClient, stand: Stand) -> None:
+    stand.superlink.status = 401
+    for path, body in ((BEAT, b"x"), ("/v1/fleet/pull-messages", PULL)):
+        answer = post(gateway, stand, path, body)
+        assert (answer.status_code, code_of(answer)) == (401, "node_id_refused")
+    gateway.app.state.desk.close()  # type: ignore[attr-defined]
+    assert '"reason":"node_id_refused"' in stand.audit_text().replace(" ", "")
 
 
 def test_more_than_a_node_needs_at_once_is_refused(
