@@ -181,9 +181,9 @@ def test_a_server_with_another_ca_learns_nothing_of_the_code(
 ) -> None:
     code = target.invite()
     context, pem = false_tls
-    with posing(context, authority_answer(pem)) as impostor:
-        with pytest.raises(TrustError, match="not the one that made this code"):
-            join(tmp_path / "client", elsewhere(code, impostor.port), "a")
+    refused = pytest.raises(TrustError, match="not the one that made this code")
+    with posing(context, authority_answer(pem)) as impostor, refused:
+        join(tmp_path / "client", elsewhere(code, impostor.port), "a")
     assert_kept_silent(impostor, code)
     assert load_membership(tmp_path / "client") is None
 
@@ -193,9 +193,9 @@ def test_a_server_that_shows_the_right_ca_without_its_key_learns_nothing(
 ) -> None:
     code = target.invite()
     true_pem = (target.paths.tls_dir / "ca.crt").read_bytes()
-    with posing(false_tls[0], authority_answer(true_pem)) as impostor:
-        with pytest.raises(TrustError, match="not of a CA that this node trusts"):
-            join(tmp_path / "client", elsewhere(code, impostor.port), "a")
+    refused = pytest.raises(TrustError, match="not of a CA that this node trusts")
+    with posing(false_tls[0], authority_answer(true_pem)) as impostor, refused:
+        join(tmp_path / "client", elsewhere(code, impostor.port), "a")
     assert_kept_silent(impostor, code)
     assert len(impostor.received) == 2, "the second connection is the one that fails"
     assert impostor.received[1] == b""
@@ -203,9 +203,8 @@ def test_a_server_that_shows_the_right_ca_without_its_key_learns_nothing(
 
 def test_a_server_that_speaks_no_tls_learns_nothing(target: Target, tmp_path: Path) -> None:
     code = target.invite()
-    with posing(None, authority_answer(b"")) as impostor:
-        with pytest.raises(TrustError):
-            join(tmp_path / "client", elsewhere(code, impostor.port), "a")
+    with posing(None, authority_answer(b"")) as impostor, pytest.raises(TrustError):
+        join(tmp_path / "client", elsewhere(code, impostor.port), "a")
     told = b"".join(impostor.received)
     assert told.startswith(b"\x16\x03"), "a TLS greeting and nothing else"
     assert code.secret not in told
