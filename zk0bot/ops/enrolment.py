@@ -143,7 +143,7 @@ def list_invites(paths: Paths) -> InviteList:
 def withdraw(paths: Paths, invite_id: str) -> InviteList:
     """Make a join code worthless; what is left open."""
     registry = Registry(paths.enrolment_dir)
-    AuditLog(audit_dir(paths.server_dir)).append("invite-withdrawn", OPERATOR, invite=invite_id)
+    AuditLog(audit_dir(paths.server_dir)).note("invite-withdrawn", OPERATOR, invite=invite_id)
     registry.withdraw(invite_id)
     return list_invites(paths)
 
@@ -162,7 +162,7 @@ def revoke(paths: Paths, text: str) -> NodeList:
     """
     registry = Registry(paths.enrolment_dir)
     node = registry.get(text)
-    AuditLog(audit_dir(paths.server_dir)).append(
+    AuditLog(audit_dir(paths.server_dir)).note(
         "node-revoked", OPERATOR, node=node.name, fingerprint=node.fingerprint
     )
     return NodeList(nodes=[_build_status(registry.revoke(node.fingerprint), None)])

@@ -238,7 +238,15 @@ def refuse_running_client(machine: Machine, slug: str) -> None:
 
 
 def note(service_dir: Path, event: str, **details: str | bool) -> None:
-    """Write what the person at this terminal did into a service's audit log."""
+    """Write what the person at this terminal ended into a service's audit log.
+
+    A log that cannot be written does not keep anybody from ending something.
+    """
+    AuditLog(audit_dir(service_dir)).note(event, enrolment.OPERATOR, **details)
+
+
+def _register_start(service_dir: Path, event: str, **details: str | bool) -> None:
+    """As ``note``, for what must not begin unseen. Raises DiskError."""
     AuditLog(audit_dir(service_dir)).append(event, enrolment.OPERATOR, **details)
 
 
@@ -264,7 +272,9 @@ def _prepare_server(machine: Machine, spec: SessionSpec, config: ServerConfig) -
     trainer_state(paths.evaluator_dir).unlink(missing_ok=True)
     _prepare(machine, spec)
     write_json(enrolment.server_config(paths), config, mode=0o600)
-    note(paths.server_dir, "server-started", address=config.address, insecure=config.insecure)
+    _register_start(
+        paths.server_dir, "server-started", address=config.address, insecure=config.insecure
+    )
 
 
 def _prepare_public_tls(paths: Paths, config: ServerConfig) -> None:
@@ -285,7 +295,7 @@ def _prepare_client(machine: Machine, spec: SessionSpec, config: ClientConfig) -
     write_json(client_config(spec.dir), config, mode=0o600)
     identity = identity_dir(spec.dir)
     refuse_exposed(identity, identity / "node.key")
-    note(spec.dir, "client-started", server=config.server)
+    _register_start(spec.dir, "client-started", server=config.server)
 
 
 def _prepare(machine: Machine, spec: SessionSpec) -> None:
