@@ -126,7 +126,7 @@ class FakeSuperLink:
         metadata.__dict__["_message_id"] = order.object_id
         for key, item in get_all_nested_objects(order).items():
             self.objects[key] = item.deflate()
-        self.trees[order.object_id] = get_object_tree(order)
+        self.trees[order.object_id] = _mixed(get_object_tree(order))
         self.orders.append(order)
         return order
 
@@ -346,6 +346,12 @@ def node_description(**changes: Any) -> NodeDescription:
 def train_order() -> RecordDict:
     """Content of an order to train: any body, and weights."""
     return pack(EvaluateResult(loss=1.0, num_examples=1), blob=encode(WEIGHTS), deadline_s=60.0)
+
+
+def _mixed(tree: ObjectTree) -> ObjectTree:
+    """The tree as a SuperLink's database gives it back: children in another order."""
+    children = [_mixed(child) for child in reversed(tree.children)]
+    return ObjectTree(object_id=tree.object_id, children=children)
 
 
 def _ids(tree: ObjectTree) -> list[str]:

@@ -167,7 +167,10 @@ def load_node(client_dir: Path) -> Node:
 
 
 def build_app(node: Node, client: httpx.AsyncClient, tls: ssl.SSLContext | None) -> Starlette:
-    """The hop of ``node``; ``client`` reaches its server, trusted as ``tls`` says."""
+    """The hop of ``node``; ``client`` reaches its server, trusted as ``tls`` says.
+
+    ``app.state.end()`` answers held pulls before the process ends.
+    """
     folder = node.client_dir
     build_bundle()
     ledger, audit = Ledger(ledger_path(folder)), AuditLog(audit_dir(folder))
@@ -228,7 +231,9 @@ def build_app(node: Node, client: httpx.AsyncClient, tls: ssl.SSLContext | None)
         await upstream.close()
 
     route = Route("/v1/fleet/{operation}", fleet.answer, methods=["POST"])
-    return Starlette(routes=[route], lifespan=lifespan)
+    app = Starlette(routes=[route], lifespan=lifespan)
+    app.state.end = fleet.end
+    return app
 
 
 async def _keep_authority(client_dir: Path, tls: ssl.SSLContext | None) -> None:
@@ -255,7 +260,13 @@ def main() -> None:
     if node.membership.trust != "loopback":
         tls = build_ssl_context(args.dir, node.membership)
     app = build_app(node, build_client(node.url, tls), tls)
-    serve(app, host="127.0.0.1", port=args.port, loopback=loopback_dir(args.dir))
+    serve(
+        app,
+        host="127.0.0.1",
+        port=args.port,
+        loopback=loopback_dir(args.dir),
+        on_exit=app.state.end,
+    )
 
 
 if __name__ == "__main__":

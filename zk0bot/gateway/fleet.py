@@ -7,7 +7,7 @@ go to ``Handover``. Everything else is asked of the server in this node's name.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -80,7 +80,7 @@ class Fleet:
         self._refuse = refuse
         self._list_gpu_pids = list_gpu_pids
         self._handover = Handover(desk)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._handlers: dict[str, Callable[[Any], Awaitable[Message | Response]]] = {
             "activate-node": self._activate,
             "confirm-message-received": self._confirm,
@@ -120,9 +120,9 @@ class Fleet:
         return result if isinstance(result, Response) else _respond(result)
 
     def end(self) -> None:
-        """Drop what is under way."""
+        """Let go of held pulls and what else is under way; may be called from a signal handler."""
         for task in self._tasks:
-            task.cancel()
+            task.get_loop().call_soon_threadsafe(task.cancel)
 
     def _find_stranger(self, request: Request) -> str:
         """Why a request is not this node's own SuperNode's; empty: it is."""
@@ -154,11 +154,11 @@ class Fleet:
     async def _pull(self, message: Any) -> Message | Response:
         """Ask for an order. One that the owner's limits rule out never reaches the SuperNode."""
         if self._session.resting:
-            await asyncio.sleep(LONG_POLL_S)
+            await self._hold(asyncio.sleep(LONG_POLL_S))
             return PullMessagesResponse()
         self._session.node_id = self._session.node_id or message.node.node_id
         try:
-            answer = await self._session.ask("pull-messages", message)
+            answer = await self._hold(self._session.ask("pull-messages", message))
         except Unreachable:
             self._link.note(node_id="")
             raise
@@ -271,10 +271,19 @@ class Fleet:
             self._start(self._forget(order))
         return Response(status_code=403)
 
-    def _start(self, work: Any) -> None:
+    def _start[T](self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _hold[T](self, work: Coroutine[Any, Any, T]) -> T:
+        """What ``work`` gives; raises Unreachable when this process ends meanwhile."""
+        task = self._start(work)
+        await asyncio.wait([task])
+        if task.cancelled():
+            raise Unreachable("this process ends")
+        return task.result()
 
     async def _forget(self, order: Order) -> None:
         """Make the SuperLink forget an order that the SuperNode does not get.

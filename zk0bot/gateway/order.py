@@ -18,11 +18,13 @@ from pydantic import ConfigDict, Field
 from zk0bot.errors import DataError, ObjectError
 from zk0bot.files import private_dir, read_record, write_json
 from zk0bot.gateway.objects import (
+    ARRAY,
     CHUNK,
     CONFIG,
     MESSAGE,
     FlowerObject,
     TensorInfo,
+    read_array,
     read_config,
     read_metadata,
     read_tensor_table,
@@ -74,6 +76,9 @@ class Order:
         self.is_received = False
         self.num_bytes = 0
         self.passed: set[str] = set()
+        self.tables: dict[str, dict[str, TensorInfo]] = {}
+        """Of pieces that begin with one, by id."""
+        self._first_piece: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -100,7 +105,10 @@ class Order:
             self.passed.add(object_id)
             self.num_bytes += size
         if item.kind == CHUNK:
-            return self._note_piece(item)
+            return self._note_piece(object_id, item)
+        if item.kind == ARRAY:
+            self._first_piece = read_array(item).pieces[:1]
+            return self._settle_tensors()
         if item.kind == CONFIG:
             return self._note_config(item)
         return item.kind == MESSAGE and self._note_head(item)
@@ -120,11 +128,18 @@ class Order:
         self.metadata.CopyFrom(plain)
         return True
 
-    def _note_piece(self, item: FlowerObject) -> bool:
-        """Take in the table of the weights, if this is the piece that begins with it."""
+    def _note_piece(self, object_id: str, item: FlowerObject) -> bool:
+        """Keep the table of tensors, if this is a piece that begins with one."""
         with suppress(ObjectError):
-            self.tensors = read_tensor_table(item.body)
-            return True
+            self.tables[object_id] = read_tensor_table(item.body)
+        return self._settle_tensors()
+
+    def _settle_tensors(self) -> bool:
+        """The array says which piece is its first; they come in any order."""
+        for piece in self._first_piece:
+            if self.tensors is None and piece in self.tables:
+                self.tensors = self.tables[piece]
+                return True
         return False
 
     def _note_config(self, item: FlowerObject) -> bool:
@@ -182,8 +197,8 @@ class Orders:
     def add(self, metadata: Metadata, tree: ObjectTree) -> Order:
         """Remember an order that the SuperNode is about to get; raises ObjectError."""
         order = Order(metadata, tree, self._clock())
-        for piece in order.nodes.keys() & self._tables.keys():
-            order.tensors = self._tables[piece]
+        known = order.nodes.keys() & self._tables.keys()
+        order.tables.update({piece: self._tables[piece] for piece in known})
         self._open[order.id] = order
         self._forget_old()
         self.save(order)
@@ -207,13 +222,13 @@ class Orders:
 
     def note(self, order: Order, object_id: str, item: FlowerObject, size: int) -> None:
         """Take in an object of ``order``; raises ObjectError as ``Order.note`` does."""
-        if not order.note(object_id, item, size):
-            return
-        if item.kind == CHUNK and order.tensors is not None:
-            self._tables[object_id] = order.tensors
+        is_news = order.note(object_id, item, size)
+        if object_id in order.tables:
+            self._tables[object_id] = order.tables[object_id]
             while len(self._tables) > MAX_TABLES:
                 self._tables.popitem(last=False)
-        self.save(order)
+        if is_news:
+            self.save(order)
 
     def save(self, order: Order) -> None:
         """Keep it for the next start of this process; a full disk is only warned of."""
