@@ -23,8 +23,12 @@ from zk0bot.errors import ConfigError, UnknownNameError
 
 TABLES = ("run", "policy", "server", "client")
 PREFIX = "ZK0BOT_"
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
-"""Variables that only trainers get, through a private file."""
+SECRETS = (
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "HTTP_PROXY", "HTTPS_PROXY",
+    "http_proxy", "https_proxy",
+)  # fmt: skip
+"""Variables that only trainers get, through a private file; a proxy's address may hold a password,
+and nobody else asks anything of the outside but our own hops, which use none."""
 _SWITCHES = {
     "adaptive_lr_enabled": (
         "stall_patience", "high_loss_multiplier", "lr_boost_factor", "max_adjust_factor",
@@ -45,9 +49,8 @@ _UNSUPPORTED_SCHEDULERS = ("cosine_warm_restarts", "reduce_on_plateau")
 _INHERITED = (
     "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TERM", "TMPDIR", "TMUX_TMPDIR",
     "XDG_RUNTIME_DIR", "PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
-    "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTP_PROXY",
-    "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE",
-    "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
+    "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "HF_ENDPOINT", "HF_HUB_OFFLINE", "NO_PROXY", "no_proxy",
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
 )  # fmt: skip
 _KINDS = (RunConfig, PolicyConfig, ServerConfig, ClientConfig)
 _OWN_VARIABLES = ("ZK0BOT_HOME", "ZK0BOT_SESSION", "ZK0BOT_CLIENT_DIR", "ZK0BOT_ROOT",
