@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,7 +14,13 @@ from starlette.types import Receive, Scope, Send
 from zk0bot.errors import KeyRefusedError
 from zk0bot.gateway.guard import Meter, Rate
 from zk0bot.records import now
-from zk0bot.trust.keys import find_public_key, verify_headers
+from zk0bot.trust.keys import (
+    MAX_AGE_S,
+    MAX_AHEAD_S,
+    TIMESTAMP_HEADER,
+    find_public_key,
+    verify_headers,
+)
 from zk0bot.trust.registry import NodeRecord, Registry
 
 MAX_REQUESTS_PER_NODE = 32
@@ -23,6 +29,8 @@ NODE_RATE = Rate(per_second=100.0, burst=500)
 """Requests of one node; those above wait their turn."""
 LONGEST_TURN_S = 10.0
 """A request that would have to wait longer is refused."""
+MAX_SIGNED_TIMES = 100_000
+"""Remembered at once: three minutes of what one address may ask at most."""
 HELD = "pull-messages"
 """The operation that waits here, and watches for its node's end by itself."""
 
@@ -31,6 +39,7 @@ _WORDS = {
     "node_revoked": "this node was revoked",
     "node_left": "this node has left",
     "too_many_requests": "too many requests of this node",
+    "request_repeated": "a request with this very signature was answered before",
     "node_id_refused": "the SuperLink knows this node by another id",
     "foreign_reply": "this reply is not this node's own",
     "bad_progress": "this is no report of progress",
@@ -53,6 +62,25 @@ class RequestRefusedError(Exception):
         error = {"code": self.code, "message": self.detail or _WORDS[self.code]}
         headers = {"connection": "close"}
         return JSONResponse({"error": error}, status_code=self.status, headers=headers)
+
+
+class _SignedTimes:
+    """Which signed times were used: a signature says nothing of its request, so none serves two."""
+
+    def __init__(self) -> None:
+        self._used: OrderedDict[tuple[str, str], float] = OrderedDict()
+
+    def use(self, fingerprint: str, signed_time: str, at: float) -> bool:
+        """Whether this one is new at ``at`` (seconds); it is used from then on."""
+        forgotten = at - MAX_AGE_S - MAX_AHEAD_S
+        while self._used:
+            oldest = next(iter(self._used))
+            if self._used[oldest] >= forgotten and len(self._used) < MAX_SIGNED_TIMES:
+                break
+            del self._used[oldest]
+        is_new = (fingerprint, signed_time) not in self._used
+        self._used.setdefault((fingerprint, signed_time), at)
+        return is_new
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +110,7 @@ class Admission:
         self._meter = Meter(rate)
         self._clock = clock
         self._open: defaultdict[str, set[_Open]] = defaultdict(set)
+        self._signed_times = _SignedTimes()
 
     @asynccontextmanager
     async def admit(self, request: Request) -> AsyncIterator[NodeRecord]:
@@ -116,6 +145,9 @@ class Admission:
         except KeyRefusedError as error:
             raise RequestRefusedError(401, "signature_refused", detail=error.message) from None
         self.refuse_departed(known)
+        signed_time = request.headers[TIMESTAMP_HEADER]
+        if not self._signed_times.use(known.fingerprint, signed_time, self._clock()):
+            raise RequestRefusedError(401, "request_repeated", node=known.name)
         return known
 
     def refuse_departed(self, node: NodeRecord) -> None:

@@ -213,6 +213,28 @@ def test_a_reply_before_the_node_has_an_id_can_be_sent_again(stand: Stand) -> No
         assert post(gateway, stand, "/v1/fleet/push-messages", reply(77)).status_code == 502
 
 
+def test_a_signature_serves_one_request_only(gateway: TestClient, stand: Stand) -> None:
+    signed = stand.key.sign_headers()
+    assert gateway.post(BEAT, content=b"x", headers=signed).status_code == 200
+    again = gateway.post("/v1/fleet/deactivate-node", content=b"x", headers=signed)
+    assert (again.status_code, code_of(again)) == (401, "request_repeated")
+    assert "/v1/fleet/deactivate-node" not in stand.superlink.paths
+    assert post(gateway, stand, BEAT).status_code == 200
+
+
+def test_signed_times_are_forgotten_when_they_are_too_old_to_be_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = admission._SignedTimes()
+    assert times.use("a", "t", 0.0)
+    assert not times.use("a", "t", 180.0)
+    assert times.use("b", "t", 180.0)
+    assert times.use("a", "t", 180.1)
+    monkeypatch.setattr(admission, "MAX_SIGNED_TIMES", 2)
+    assert times.use("c", "t", 181.0)
+    assert len(times._used) == 2
+
+
 def test_another_nodes_id_is_noted(gateway: TestClient, stand: Stand) -> None:
     stand.superlink.status = 401
     for path, body in ((BEAT, b"x"), ("/v1/fleet/pull-messages", PULL)):
