@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import logging
 import ssl
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -31,7 +32,7 @@ from zk0bot.config.paths import (
     order_flag,
     outbox_dir,
 )
-from zk0bot.errors import ConfigError, DataError, TrustError
+from zk0bot.errors import ConfigError, DataError, TrustError, Zk0Error
 from zk0bot.files import Flag, read_record
 from zk0bot.gateway.brakes import Brakes, Throttle, list_foreign_gpu_pids, local_now
 from zk0bot.gateway.bundle import build_bundle
@@ -48,13 +49,15 @@ from zk0bot.gateway.session import Session
 from zk0bot.gateway.upstream import Unreachable, Upstream
 from zk0bot.records import GatewayHealth, Membership, NodeProgress
 from zk0bot.trust.audit import AuditLog, RefusalLog
-from zk0bot.trust.keys import NodeKey, load_node_key
+from zk0bot.trust.certificates import SERVER_KEY
+from zk0bot.trust.keys import KEY_NAME, NodeKey, load_node_key
 from zk0bot.trust.membership import (
     AUTHORITY,
     build_ssl_context,
     load_membership,
     refresh_authority,
 )
+from zk0bot.trust.private import refuse_exposed
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +157,9 @@ class Keeper:
 
 
 def load_node(client_dir: Path) -> Node:
-    """Raises ConfigError when the client in ``client_dir`` was never started or has not joined."""
+    """Raises ConfigError when the client has not joined a server, or others can read its keys."""
+    identity, loopback = identity_dir(client_dir), loopback_dir(client_dir)
+    refuse_exposed(client_dir, identity, identity / KEY_NAME, loopback, loopback / SERVER_KEY)
     membership = load_membership(client_dir)
     if membership is None:
         raise ConfigError("this client has not joined a server", hint="zk0bot client start --join")
@@ -162,7 +167,7 @@ def load_node(client_dir: Path) -> Node:
         client_dir=client_dir,
         config=read_record(client_config(client_dir), ClientConfig),
         membership=membership,
-        key=load_node_key(identity_dir(client_dir)),
+        key=load_node_key(identity),
     )
 
 
@@ -255,10 +260,14 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="the client's private folder")
     parser.add_argument("--port", type=int, required=True, help="loopback port to listen on")
     args = parser.parse_args()
-    node = load_node(args.dir)
     tls = None
-    if node.membership.trust != "loopback":
-        tls = build_ssl_context(args.dir, node.membership)
+    try:
+        node = load_node(args.dir)
+        if node.membership.trust != "loopback":
+            tls = build_ssl_context(args.dir, node.membership)
+    except Zk0Error as error:
+        logger.error("%s (%s)", error.message, error.hint)
+        sys.exit(error.exit_code)
     app = build_app(node, build_client(node.url, tls), tls)
     serve(
         app,
