@@ -164,11 +164,11 @@ def test_a_body_that_drips_is_cut_off_and_a_slow_link_is_not(
     stand: Stand, free_port: Callable[[], int], fast_checks: None
 ) -> None:
     limits = Limits(body_grace_s=0.3, body_bytes_per_s=4096.0)
-    request = head("POST", "/v1/fleet/push-object", "content-length: 20000", *signed(stand.key))
 
     def send(port: Port, rate: int) -> bytes:
+        lines = ["content-length: 20000", "connection: close", *signed(stand.key)]
         with port.connect() as link:
-            link.sendall(request.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+            link.sendall(head("POST", "/v1/fleet/push-object", *lines))
             try:
                 for _ in range(20000 // (rate // 20)):
                     link.sendall(b"x" * (rate // 20))
