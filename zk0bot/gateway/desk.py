@@ -1,7 +1,6 @@
 """Where every message is judged and written down, before it goes on."""
 
 import logging
-from collections.abc import Callable
 
 from zk0bot.errors import HeldBackError, ObjectError
 from zk0bot.federation.failure import sentence_of
@@ -29,16 +28,13 @@ class Desk:
         audit: AuditLog,
         brakes: Brakes,
         rules: Rules,
-        wake: Callable[[], None],
     ) -> None:
-        """``wake`` is called when there is something new in the outbox."""
         self.orders = orders
         self.outbox = outbox
         self._ledger = ledger
         self._audit = audit
         self._brakes = brakes
         self._rules = rules
-        self._wake = wake
         self.num_held = 0
 
     def receive(self, order: Order) -> None:
@@ -67,7 +63,6 @@ class Desk:
         self._write(line)
         self.outbox.release(draft, line)
         self.orders.close(draft.order)
-        self._wake()
 
     def hold(self, order: Order, reason: str) -> None:
         """Keep a reply to ``order`` back; the server learns that it was, not why."""
@@ -132,7 +127,6 @@ class Desk:
         self._write(line)
         self.outbox.add(parcel, line)
         self.orders.close(order)
-        self._wake()
 
     def _write(self, line: LedgerLine) -> None:
         self._ledger.write(line)

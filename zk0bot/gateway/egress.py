@@ -7,14 +7,16 @@ Beside the Fleet API (``fleet``, ``handover``, ``sender``) it tells the server h
 import argparse
 import asyncio
 import logging
+import signal
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 from pydantic import ValidationError
@@ -95,27 +97,40 @@ class Keeper:
         session: Session,
         upstream: Upstream,
         brakes: Brakes,
-        outbox: Outbox,
+        desk: Desk,
     ) -> None:
         self._link = link
         self._session = session
         self._upstream = upstream
         self._brakes = brakes
-        self._outbox = outbox
+        self._desk = desk
         self._progress_path = node_progress(node.client_dir)
         self._reported: NodeProgress | None = None
         self._greeted_at = -GREET_S
 
-    async def tick(self) -> None:
-        """Do what is due."""
+    async def run(self, refusals: RefusalLog) -> None:
+        """Do what is due, until cancelled."""
+        try:
+            while True:
+                await self._tick()
+                refusals.flush()
+                await asyncio.sleep(TICK_S)
+        finally:
+            refusals.close()
+
+    async def _tick(self) -> None:
         await self._keep_hours()
         if not self._session.resting:
             await self._greet()
             await self._report_progress()
+        if self._desk.outbox.first() and not self._link.state.error:
+            self._desk.outbox.news.set()
+        self._link.note(waiting=len(self._desk.outbox), held=self._desk.num_held)
+        self._link.save()
 
     async def _keep_hours(self) -> None:
         """Rest or resume as the owner's limits say now."""
-        why = self._brakes.why_rest(has_replies=bool(len(self._outbox)))
+        why = self._brakes.why_rest(has_replies=bool(len(self._desk.outbox)))
         if why == self._session.resting:
             return
         logger.info("%s", why or "back to work")
@@ -176,26 +191,22 @@ def build_app(node: Node, client: httpx.AsyncClient, tls: ssl.SSLContext | None)
 
     ``app.state.end()`` answers held pulls before the process ends.
     """
-    folder = node.client_dir
-    build_bundle()
-    ledger, audit = Ledger(ledger_path(folder)), AuditLog(audit_dir(folder))
+    folder, config = node.client_dir, node.config
+    audit = AuditLog(audit_dir(folder))
     refusals = RefusalLog(audit)
     link = Link(folder, node.membership.server)
-    upstream = Upstream(client, node.key.sign_headers, Throttle(node.config.max_upload_mbit))
+    upstream = Upstream(client, node.key.sign_headers, Throttle(config.max_upload_mbit))
     session = Session(upstream, link, node.key.public_pem)
-    brakes = Brakes(node.config, read_ledger(ledger_path(folder)), local_now)
-    outbox = Outbox(outbox_dir(folder))
+    brakes = Brakes(config, read_ledger(ledger_path(folder)), local_now)
     desk = Desk(
         orders=Orders(outbox_dir(folder) / "orders"),
-        outbox=outbox,
-        ledger=ledger,
+        outbox=Outbox(outbox_dir(folder)),
+        ledger=Ledger(ledger_path(folder)),
         audit=audit,
         brakes=brakes,
-        rules=Rules(forbid=node.config.forbid),
-        wake=lambda: sender.wake(),
+        rules=Rules(forbid=config.forbid),
     )
-    sender = Sender(session, outbox, on_dropped=desk.drop)
-    marker = f"{SESSION_MARKER}={folder}"
+    look = partial(list_foreign_gpu_pids, f"{SESSION_MARKER}={folder}")
     fleet = Fleet(
         session=session,
         desk=desk,
@@ -204,41 +215,40 @@ def build_app(node: Node, client: httpx.AsyncClient, tls: ssl.SSLContext | None)
         public_pem=node.key.public_pem,
         order_flag=Flag(order_flag(folder)),
         refuse=refusals.refuse,
-        list_gpu_pids=(
-            partial(list_foreign_gpu_pids, marker) if node.config.gpu_only_when_idle else None
-        ),
+        list_gpu_pids=look if config.gpu_only_when_idle else None,
     )
-    keeper = Keeper(
-        node, link=link, session=session, upstream=upstream, brakes=brakes, outbox=outbox
-    )
+    sender = Sender(session, desk.outbox, on_dropped=desk.drop)
+    keeper = Keeper(node, link=link, session=session, upstream=upstream, brakes=brakes, desk=desk)
+    work = (keeper.run(refusals), sender.run(), _keep_authority(folder, tls))
+    return _assemble(fleet, work, upstream)
 
-    async def keep() -> None:
-        while True:
-            await keeper.tick()
-            if outbox.first() and not link.state.error:
-                sender.wake()
-            link.note(waiting=len(outbox), held=desk.num_held)
-            link.save()
-            refusals.flush()
-            await asyncio.sleep(TICK_S)
 
+def _assemble(
+    fleet: Fleet, work: Sequence[Coroutine[Any, Any, None]], upstream: Upstream
+) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        tasks = [
-            asyncio.create_task(work)
-            for work in (keep(), sender.run(), _keep_authority(folder, tls))
-        ]
+        tasks = [asyncio.create_task(part) for part in work]
+        for task in tasks:
+            task.add_done_callback(_end_on_failure)
         yield
         for task in tasks:
             task.cancel()
         fleet.end()
-        refusals.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await upstream.close()
 
     route = Route("/v1/fleet/{operation}", fleet.answer, methods=["POST"])
     app = Starlette(routes=[route], lifespan=lifespan)
     app.state.end = fleet.end
     return app
+
+
+def _end_on_failure(task: asyncio.Task[None]) -> None:
+    """A hop without one of its parts is none: end the process, so that it is started again."""
+    if not task.cancelled() and (error := task.exception()):
+        logger.critical("a part of the hop failed", exc_info=error)
+        signal.raise_signal(signal.SIGTERM)
 
 
 async def _keep_authority(client_dir: Path, tls: ssl.SSLContext | None) -> None:
@@ -261,6 +271,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True, help="loopback port to listen on")
     args = parser.parse_args()
     tls = None
+    build_bundle()
     try:
         node = load_node(args.dir)
         if node.membership.trust != "loopback":

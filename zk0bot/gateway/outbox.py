@@ -4,6 +4,7 @@ One private folder for each reply: ``push.pb`` (its announcement), ``objects/<id
 leave ``ready.json``. A folder without that is what a crash left, and is removed at the next start.
 """
 
+import asyncio
 import logging
 import secrets
 import shutil
@@ -141,6 +142,8 @@ class Outbox:
         self._folder = private_dir(folder)
         self._clock = clock
         self._waiting: list[Ready] = []
+        self.news = asyncio.Event()
+        """Set when there is something to send, or to try again."""
         self._count = 0
         self._load()
 
@@ -191,6 +194,7 @@ class Outbox:
             raise _disk_error(error) from error
         ready = Ready(folder)
         self._waiting.append(ready)
+        self.news.set()
         return ready
 
     def _new_folder(self) -> Path:

@@ -48,15 +48,10 @@ class Sender:
         self._outbox = outbox
         self._on_dropped = on_dropped
         self._clock = clock
-        self._awake = asyncio.Event()
         self._sent_bytes = 0
 
-    def wake(self) -> None:
-        """There is something to send, or the server answers again."""
-        self._awake.set()
-
     async def run(self) -> None:
-        """Send until cancelled."""
+        """Send until cancelled; the outbox's ``news`` end a wait."""
         wait_s = FIRST_WAIT_S
         while True:
             ready = self._outbox.first()
@@ -72,9 +67,9 @@ class Sender:
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
     async def _rest(self, seconds: float | None) -> None:
-        self._awake.clear()
+        self._outbox.news.clear()
         try:
-            await asyncio.wait_for(self._awake.wait(), seconds)
+            await asyncio.wait_for(self._outbox.news.wait(), seconds)
         except TimeoutError:
             return
 
