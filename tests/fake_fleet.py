@@ -1,5 +1,6 @@
 """A SuperLink and a SuperNode as an egress hop sees them, in real Flower messages."""
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -110,6 +111,8 @@ class FakeSuperLink:
     """Pushed objects to answer with: the session is unknown."""
     is_refusing_quietly: bool = False
     """Announcements are answered as those that nobody waits for."""
+    hold_s: float = 0.0
+    """How long an empty pull is held."""
     sent_at: list[float] = field(default_factory=list)
 
     def app(self) -> Starlette:
@@ -152,6 +155,8 @@ class FakeSuperLink:
         self.headers.append(dict(request.headers))
         operation = request.url.path.rsplit("/", 1)[1]
         self.calls.append(operation)
+        if operation == "pull-messages" and self.hold_s and not self.orders:
+            await asyncio.sleep(self.hold_s)
         if operation in self.statuses:
             return self.statuses[operation]
         if operation == "health":

@@ -1,6 +1,7 @@
 """A node's hop between a SuperNode and a SuperLink in memory."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -23,8 +24,9 @@ from fake_fleet import (
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.proto.fab_pb2 import Fab
-from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PullMessagesResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeatResponse
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node as ProtoNode
 from flwr.proto.transport_pb2 import Scalar
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
@@ -533,6 +535,41 @@ def test_a_reply_that_nobody_takes_is_dropped_with_a_line(
     until(lambda: not list(outbox_dir(tmp_path).glob("0*")))
 
 
+def test_a_reply_that_is_too_old_is_dropped(
+    open_hop: Open, superlink: FakeSuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    superlink.send(train_order())
+    superlink.statuses = {"push-messages": Response(status_code=502)}
+    with open_hop() as supernode:
+        order = supernode.receive()
+        assert order is not None
+        supernode.reply(order, update())
+        until(lambda: "push-messages" in superlink.calls)
+    monkeypatch.setattr(sender, "EXPIRES_S", 0.0)
+    superlink.statuses.clear()
+    superlink.calls.clear()
+    with open_hop():
+        until(lambda: lines(tmp_path)[-1].event == "dropped")
+    assert "12 hours" in lines(tmp_path)[-1].reason and "push-messages" not in superlink.calls
+
+
+def test_a_reply_that_the_disk_spoilt_is_dropped(
+    open_hop: Open, superlink: FakeSuperLink, tmp_path: Path
+) -> None:
+    superlink.send(train_order())
+    superlink.statuses = {"push-messages": Response(status_code=502)}
+    with open_hop() as supernode:
+        order = supernode.receive()
+        assert order is not None
+        supernode.reply(order, update())
+    for path in outbox_dir(tmp_path).glob("0*/objects/*"):
+        path.write_bytes(path.read_bytes() + CANARY.encode())
+    superlink.statuses.clear()
+    with open_hop():
+        until(lambda: lines(tmp_path)[-1].event == "dropped")
+    assert CANARY.encode() not in superlink.seen
+
+
 def test_a_reply_that_the_superlink_ignores_is_dropped(
     supernode: FakeSuperNode, superlink: FakeSuperLink, tmp_path: Path
 ) -> None:
@@ -589,6 +626,33 @@ def test_a_server_that_starts_anew_gets_its_node_back_under_another_id(
     supernode.reply(order, update())
     until(lambda: superlink.reply_to(sent))
     until(lambda: link(tmp_path).node_id == "78")
+
+
+def test_a_hop_that_ends_lets_a_held_pull_go(
+    supernode: FakeSuperNode, superlink: FakeSuperLink
+) -> None:
+    superlink.hold_s = 30.0
+    threading.Timer(0.2, supernode.client.app.state.end).start()  # type: ignore[attr-defined]
+    started = time.monotonic()
+    request = PullMessagesRequest(node=ProtoNode(node_id=77))
+    assert supernode.post("pull-messages", request).status_code == 502
+    assert time.monotonic() - started < 5
+
+
+def test_several_messages_at_once_are_none(
+    supernode: FakeSuperNode, superlink: FakeSuperLink, tmp_path: Path
+) -> None:
+    two = PullMessagesResponse(messages_list=[ProtoMessage(), ProtoMessage()])
+    superlink.statuses = {"pull-messages": Response(two.SerializeToString())}
+    assert not supernode.pull().messages_list
+    assert lines(tmp_path)[-1].event == "refused"
+
+
+def test_an_endless_answer_is_cut_off(supernode: FakeSuperNode, superlink: FakeSuperLink) -> None:
+    superlink.send(train_order())
+    supernode.pull()
+    superlink.statuses = {"get-run": Response(bytes(10**6))}
+    assert supernode.get_run().status_code == 502
 
 
 # --- the owner's view
