@@ -101,7 +101,7 @@ class RunRecord(Record):
 class NodeProgress(Record):
     """What a node's egress hop reports while it trains; numbers only, nothing about the data."""
 
-    run_id: str = ""
+    run_id: str = Field(default="", pattern=r"^[A-Za-z0-9_.+-]{0,64}$")
     round: int = Field(ge=0, default=0)
     phase: Literal["loading", "ready", "training", "evaluating", "failed"] = "ready"
     step: int = Field(ge=0, default=0)

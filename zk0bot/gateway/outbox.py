@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message
+from flwr.proto.recorddict_pb2 import RecordDict
 from google.protobuf.message import DecodeError
 
 from zk0bot.errors import DataError, DiskError, ObjectError
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 READY = "ready.json"
 PUSH = "push.pb"
 BEGUN = "begun"
+MAX_RUNTIME_S = 1e6
 
 
 class ReadyRecord(Record):
@@ -57,7 +59,9 @@ class Draft:
         if push.messages_list[0].metadata.message_id != tree.object_id:
             raise ObjectError("reply whose id is not that of its content")
         self.nodes = read_tree(tree)
-        self.push, self.order, self.folder = push, order, folder
+        self.push = _strip(push)
+        """What the server will get: metadata and ids, nothing inline."""
+        self.order, self.folder = order, folder
         self.session = secrets.token_hex(16)
         self.missing = set(self.nodes)
         self.num_bytes = 0
@@ -212,6 +216,19 @@ class Outbox:
 
     def _folders(self) -> Iterator[Path]:
         return (path for path in self._folder.iterdir() if path.name[:1].isdigit())
+
+
+def _strip(push: PushMessagesRequest) -> PushMessagesRequest:
+    """The announcement with nothing but what Flower's SuperLink reads of it."""
+    runtime = next(iter(push.clientapp_runtime_list), 0.0)
+    return PushMessagesRequest(
+        node=push.node,
+        messages_list=[
+            Message(metadata=push.messages_list[0].metadata, content=RecordDict()),
+        ],
+        message_object_trees=push.message_object_trees,
+        clientapp_runtime_list=[runtime if 0.0 <= runtime < MAX_RUNTIME_S else 0.0],
+    )
 
 
 def _write(path: Path, content: bytes) -> None:

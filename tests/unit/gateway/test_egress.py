@@ -23,13 +23,21 @@ from fake_fleet import (
 )
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
 from flwr.app import Message as FlowerMessage
+from flwr.app.message import make_message
+from flwr.common.serde import message_to_proto
 from flwr.proto.fab_pb2 import Fab
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PullMessagesResponse
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
+)
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeatResponse
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node as ProtoNode
 from flwr.proto.transport_pb2 import Scalar
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from numpy.typing import NDArray
 from starlette.responses import JSONResponse, Response
 from starlette.testclient import TestClient
@@ -304,6 +312,29 @@ def test_a_piece_that_was_not_announced_holds_the_reply_back(
     supernode.push(announced.session_id, announced.objects_to_push[0], CANARY.encode())
     assert failure_of(superlink, sent)[0] == "held_back"
     assert CANARY.encode() not in superlink.seen
+
+
+def test_nothing_inline_leaves_with_an_announcement(
+    supernode: FakeSuperNode, superlink: FakeSuperLink
+) -> None:
+    sent = superlink.send(train_order())
+    order = supernode.receive()
+    assert order is not None
+    reply = build_reply(order, update())
+    notes = RecordDict({CANARY: ConfigRecord({"path": CANARY})})
+    inline = make_message(metadata=reply.metadata, content=notes)
+    push = PushMessagesRequest(
+        messages_list=[message_to_proto(inline)],
+        message_object_trees=[get_object_tree(reply)],
+        clientapp_runtime_list=[1.0, 2.0, float("nan")],
+    )
+    announced = PushMessagesResponse.FromString(supernode.post("push-messages", push).content)
+    objects = get_all_nested_objects(reply)
+    for each in announced.objects_to_push:
+        supernode.push(announced.session_id, each, objects[each].deflate())
+    until(lambda: superlink.reply_to(sent))
+    assert CANARY.encode() not in superlink.seen
+    assert list(superlink.replies[reply.object_id].clientapp_runtime_list) == [1.0]
 
 
 def test_a_reply_to_no_order_goes_nowhere(
