@@ -10,6 +10,7 @@ import pytest
 from fake_host import FakeHost, build_fake_machine
 
 from zk0bot.config.models import RunConfig, ServerConfig
+from zk0bot.config.paths import loopback_dir
 from zk0bot.errors import RunError, ServiceError, SessionAbsentError
 from zk0bot.files import write_json
 from zk0bot.ops.machine import Machine
@@ -18,6 +19,7 @@ from zk0bot.ops.record import get_run, save_run
 from zk0bot.ops.runs import stop_run, submit_run, watch
 from zk0bot.ops.specs import server_session, session_path
 from zk0bot.records import RunRecord
+from zk0bot.trust.certificates import make_loopback
 
 
 def open_server(machine: Machine, superlink_port: int) -> None:
@@ -25,6 +27,7 @@ def open_server(machine: Machine, superlink_port: int) -> None:
     config = ServerConfig(superlink_port=superlink_port)
     spec = server_session(machine.paths, config, machine.surroundings)
     write_json(session_path(spec.dir), spec)
+    make_loopback(loopback_dir(spec.dir))
     machine.host.start(spec, spec.processes)
 
 
