@@ -30,7 +30,7 @@ from zk0bot.config.paths import Paths, audit_dir, loopback_dir, orders_flag, rep
 from zk0bot.errors import ConfigError, Zk0Error
 from zk0bot.files import Flag, write_json
 from zk0bot.gateway.admission import Admission, NodeEndpoint, RequestRefusedError
-from zk0bot.gateway.enrolment import Enrolment, read_at_most
+from zk0bot.gateway.enrolment import Enrolment
 from zk0bot.gateway.forward import (
     FLEET_OPERATIONS,
     LONG_POLL_S,
@@ -38,8 +38,15 @@ from zk0bot.gateway.forward import (
     build_client,
     forward,
     forward_bytes,
+    read_at_most,
 )
-from zk0bot.gateway.guard import MAX_REPLY_HEAD_BYTES, Meter, Rate, neighbourhood
+from zk0bot.gateway.guard import (
+    MAX_REPLY_HEAD_BYTES,
+    MAX_SMALL_BODY_BYTES,
+    Meter,
+    Rate,
+    neighbourhood,
+)
 from zk0bot.gateway.protocol import Door, GuardedServer, Limits, start_vital
 from zk0bot.gateway.refusals import RefusalDesk
 from zk0bot.gateway.registrar import SECRET_HEADER, read_secret
@@ -47,7 +54,13 @@ from zk0bot.gateway.roll import Roll
 from zk0bot.gateway.tls import CertificateSource, LiveCertificate, build_client_context
 from zk0bot.records import GatewayHealth, NodeProgress
 from zk0bot.trust.audit import AuditLog, RefusalLog
-from zk0bot.trust.certificates import CA_CERT, CA_KEY, SERVER_KEY, CertificateInfo
+from zk0bot.trust.certificates import (
+    CA_CERT,
+    CA_KEY,
+    SERVER_KEY,
+    CertificateInfo,
+    read_own_authority,
+)
 from zk0bot.trust.keys import PUBLIC_KEY_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER
 from zk0bot.trust.private import refuse_exposed
 from zk0bot.trust.registry import NodeRecord, Registry
@@ -119,7 +132,8 @@ class Site:
     """HOST:PORT."""
     is_insecure: bool = False
     """Plain HTTP, and nodes need no join code: on loopback only."""
-    has_private_ca: bool = True
+    own_cert: Path | None = None
+    """The operator's own certificate chain."""
 
     @property
     def loopback(self) -> Path:
@@ -167,10 +181,18 @@ class Gateway:
 
     async def authority(self, request: Request) -> Response:
         """The private CA's certificates, newest first; 404 where there is none."""
-        if not self._site.has_private_ca:
+        pem = self._read_authority()
+        if pem is None:
             return Response(status_code=404)
-        pem = (self._site.paths.tls_dir / CA_CERT).read_bytes()
         return Response(pem, media_type="application/x-pem-file")
+
+    def _read_authority(self) -> bytes | None:
+        """zk0bot's own CA, or the self-signed root that an operator's own chain ends in."""
+        if self._site.is_insecure:
+            return None
+        if self._site.own_cert is not None:
+            return read_own_authority(self._site.own_cert)
+        return (self._site.paths.tls_dir / CA_CERT).read_bytes()
 
     async def progress(self, request: Request, node: NodeRecord) -> Response:
         """Keep a node's newest progress."""
@@ -217,7 +239,7 @@ class Gateway:
         return answer_with(answer)
 
     async def _pull(self, request: Request, node: NodeRecord) -> Response:
-        body = await read_at_most(request)
+        body = await read_at_most(request, MAX_SMALL_BODY_BYTES)
         if body is None:
             return Response(status_code=413)
         headers = self._headers(request)
@@ -438,12 +460,11 @@ def main() -> None:
     """Run the gateway until SIGTERM."""
     args = _parse_arguments()
     paths = Paths(args.dir.parent)
-    has_own = args.tls_cert is not None
     site = Site(
         paths=paths,
         superlink=args.superlink,
         is_insecure=args.insecure,
-        has_private_ca=not (args.insecure or has_own),
+        own_cert=args.tls_cert,
     )
     source = CertificateSource(tls_dir=paths.tls_dir, cert=args.tls_cert, key=args.tls_key)
     paths.progress_dir.mkdir(parents=True, exist_ok=True)
