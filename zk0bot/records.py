@@ -23,6 +23,9 @@ RUN_EXIT_CODES: dict[RunState, int] = {
 }
 """Exit status of ``zk0bot run`` by the verdict."""
 
+MAX_COUNT = 10**9
+"""Of rounds and steps in what a node reports."""
+
 ClientPhase = Literal["waiting", "sending", "training", "done", "late", "failed"]
 
 
@@ -102,11 +105,11 @@ class NodeProgress(Record):
     """What a node's egress hop reports while it trains; numbers only, nothing about the data."""
 
     run_id: str = Field(default="", pattern=r"^[A-Za-z0-9_.+-]{0,64}$")
-    round: int = Field(ge=0, default=0)
+    round: int = Field(ge=0, le=MAX_COUNT, default=0)
     phase: Literal["loading", "ready", "training", "evaluating", "failed"] = "ready"
-    step: int = Field(ge=0, default=0)
-    steps: int = Field(ge=0, default=0)
-    loss: float | None = None
+    step: int = Field(ge=0, le=MAX_COUNT, default=0)
+    steps: int = Field(ge=0, le=MAX_COUNT, default=0)
+    loss: float | None = Field(allow_inf_nan=False, default=None)
 
 
 class TrainerState(Record):

@@ -18,7 +18,7 @@ from zk0bot.errors import (
     UnknownNameError,
     Zk0Error,
 )
-from zk0bot.gateway.guard import MAX_SMALL_BODY_BYTES
+from zk0bot.gateway.forward import read_at_most
 from zk0bot.gateway.roll import Roll
 from zk0bot.records import now
 from zk0bot.trust.audit import AuditLog
@@ -107,16 +107,6 @@ class Enrolment:
         told = error.to_dict() if error else {"code": code}
         headers = {"connection": "close"}
         return JSONResponse({"error": told}, status_code=status, headers=headers)
-
-
-async def read_at_most(request: Request, limit: int = MAX_SMALL_BODY_BYTES) -> bytes | None:
-    """The body, or None when it is longer than ``limit`` bytes."""
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
-            return None
-    return bytes(body)
 
 
 def _decode(signature: str) -> bytes:

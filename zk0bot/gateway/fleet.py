@@ -27,7 +27,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.proto.recorddict_pb2 import RecordDict
 from flwr.proto.run_pb2 import GetRunRequest, GetRunResponse
 from google.protobuf.message import DecodeError, Message
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from zk0bot.errors import DiskError, KeyRefusedError, ObjectError
@@ -35,7 +35,7 @@ from zk0bot.files import Flag
 from zk0bot.gateway.brakes import Brakes
 from zk0bot.gateway.bundle import find_fab_fault, find_run_fault
 from zk0bot.gateway.desk import Desk
-from zk0bot.gateway.forward import LONG_POLL_S
+from zk0bot.gateway.forward import LONG_POLL_S, read_at_most
 from zk0bot.gateway.handover import Handover
 from zk0bot.gateway.link import Link
 from zk0bot.gateway.objects import check_object
@@ -305,19 +305,6 @@ class Fleet:
                     await self._session.ask("confirm-message-received", confirm)
                     return
                 await asyncio.sleep(0.2)
-
-
-async def read_at_most(request: Request, limit: int) -> bytes | None:
-    """The body; None when it is longer than ``limit`` bytes or was cut off."""
-    body = bytearray()
-    try:
-        async for piece in request.stream():
-            body += piece
-            if len(body) > limit:
-                return None
-    except ClientDisconnect:
-        return None
-    return bytes(body)
 
 
 def _hand_on(order: Order) -> PullMessagesResponse:

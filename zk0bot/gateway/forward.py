@@ -83,6 +83,19 @@ async def forward(
     return Response(body, status_code=answer.status_code, headers=passed)
 
 
+async def read_at_most(request: Request, limit: int) -> bytes | None:
+    """The body; None when it is longer than ``limit`` bytes or was cut off."""
+    body = bytearray()
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > limit:
+                return None
+    except ClientDisconnect:
+        return None
+    return bytes(body)
+
+
 async def forward_bytes(
     client: httpx.AsyncClient,
     request: Request,
