@@ -9,20 +9,27 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient, WebSocketDenialResponse
 
-from zk0bot.federation.superlink import SecretGate
+from zk0bot.federation.superlink import WITHOUT_SECRET, WITHOUT_TOKEN, SecretGate
 from zk0bot.gateway.registrar import SECRET_HEADER
 
 SECRET = "5ec7e7" * 10 + "abcd"
 
 
 async def _answer(request: Request) -> Response:
-    return Response(b"flower")
+    is_refused = request.headers.get("flwr-task-token") == "guessed"
+    return Response(b"flower", status_code=401 if is_refused else 200)
 
 
 @pytest.fixture
-def gate() -> Iterator[TestClient]:
+def refused() -> list[tuple[str, str]]:
+    """Peers and reasons."""
+    return []
+
+
+@pytest.fixture
+def gate(refused: list[tuple[str, str]]) -> Iterator[TestClient]:
     app = Starlette(routes=[Route("/{path:path}", _answer, methods=["GET", "POST"])])
-    with TestClient(SecretGate(app, SECRET)) as client:
+    with TestClient(SecretGate(app, SECRET, lambda *why: refused.append(why))) as client:
         yield client
 
 
@@ -51,6 +58,16 @@ def test_everything_else_is_not_there_without_the_secret(gate: TestClient, path:
 def test_with_the_secret_all_is_there(gate: TestClient) -> None:
     headers = {SECRET_HEADER: SECRET}
     assert gate.post("/v1/control/start-run", headers=headers).content == b"flower"
+
+
+def test_whoever_is_refused_is_noted(gate: TestClient, refused: list[tuple[str, str]]) -> None:
+    gate.post("/v1/control/start-run")
+    gate.post("/v1/runtime/pull-task-input", headers={"flwr-task-token": "guessed"})
+    assert refused == [("testclient", WITHOUT_SECRET), ("testclient", WITHOUT_TOKEN)]
+    gate.post("/health")
+    gate.post("/v1/runtime/acquire-task")
+    gate.post("/v1/control/start-run", headers={SECRET_HEADER: SECRET})
+    assert len(refused) == 2
 
 
 def test_a_websocket_is_not_let_in(gate: TestClient) -> None:
