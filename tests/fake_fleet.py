@@ -85,7 +85,7 @@ def own_run() -> Run:
     )
 
 
-@dataclass
+@dataclass(repr=False)
 class FakeSuperLink:
     """What a server would be, and all bytes that reach it."""
 
@@ -109,6 +109,8 @@ class FakeSuperLink:
     """Instead of an answer, by operation."""
     lose_sessions: int = 0
     """Pushed objects to answer with: the session is unknown."""
+    lose_answers: int = 0
+    """Pushed objects that are kept while the answer is lost."""
     is_refusing_quietly: bool = False
     """Announcements are answered as those that nobody waits for."""
     hold_s: float = 0.0
@@ -168,7 +170,11 @@ class FakeSuperLink:
         if operation != "activate-node" and self._claimed(message) != self.node_id:
             return JSONResponse({"detail": "Invalid SuperNode authentication"}, 401)
         handler = getattr(self, f"_{operation.replace('-', '_')}")
-        return Answer(handler(message).SerializeToString())
+        answer = Answer(handler(message).SerializeToString())
+        if operation == "push-object" and self.lose_answers:
+            self.lose_answers -= 1
+            return Answer(status_code=502)
+        return answer
 
     def _claimed(self, message: Any) -> int:
         return int(message.node.node_id if "node" in message.DESCRIPTOR.fields_by_name

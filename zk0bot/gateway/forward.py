@@ -171,6 +171,7 @@ def serve(
         ssl_keyfile=loopback / "server.key" if loopback else None,
         log_level="warning",
         access_log=False,
+        ws="none",
         timeout_graceful_shutdown=2,
     )
     _Server(config, on_exit).run()

@@ -183,7 +183,12 @@ def test_requests_are_the_hops_own_and_carry_nothing_of_the_supernodes(
     request = ActivateNodeRequest(public_key=CANARY.encode(), heartbeat_interval=12.0)
     answer = supernode.post("activate-node", request, **{"x-host": CANARY, "user-agent": CANARY})
     assert answer.status_code == 200
-    supernode.pull()
+    hidden = PullMessagesRequest(node=ProtoNode(node_id=77)).SerializeToString()
+    hidden += b"\xfa\x01" + bytes([len(CANARY)]) + CANARY.encode()
+    answer = supernode.client.post(
+        "/v1/fleet/pull-messages", content=hidden, headers=supernode.key.sign_headers()
+    )
+    assert answer.status_code == 200 and "pull-messages" in superlink.calls
     assert CANARY.encode() not in superlink.seen
     allowed = {
         *("accept", "content-length", "content-type", "host", "connection", "accept-encoding"),
@@ -504,6 +509,20 @@ def test_a_lost_upload_is_announced_again(
     assert order is not None
     supernode.reply(order, update())
     until(lambda: superlink.reply_to(sent))
+
+
+def test_a_reply_whose_last_answers_were_lost_is_no_dropped_one(
+    supernode: FakeSuperNode, superlink: FakeSuperLink, tmp_path: Path
+) -> None:
+    sent = superlink.send(train_order())
+    order = supernode.receive()
+    assert order is not None
+    reply = build_reply(order, update())
+    superlink.lose_answers = len(get_all_nested_objects(reply))
+    supernode.reply(order, update())
+    until(lambda: superlink.reply_to(sent))
+    until(lambda: not list(outbox_dir(tmp_path).glob("0*")))
+    assert [line.event for line in lines(tmp_path)] == ["received", "sent"]
 
 
 def test_replies_survive_a_restart_in_the_middle_of_an_upload(
