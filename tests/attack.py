@@ -199,6 +199,12 @@ class Target:
         self.tls = ssl.create_default_context(cafile=self.paths.tls_dir / "ca.crt")
         self.tls.set_alpn_protocols(["http/1.1"])
 
+    def restart(self) -> None:
+        """Stop and start; the honest node says that it is there, as any does that is refused."""
+        self.machine.zk0bot("server", "stop")
+        self.start()
+        self.honest = self.activate(self.honest)
+
     def connect(self, source: str = HERE, *, timeout_s: float = ANSWER_S) -> Wire:
         """A connection as a node makes it."""
         return Wire(self.port, source=source, tls=self.tls, timeout_s=timeout_s)
