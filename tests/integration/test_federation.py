@@ -97,7 +97,7 @@ def test_a_trainer_killed_at_work_costs_one_update_and_comes_back(machine: Machi
     assert 1 in counts and counts[-1] == 2, counts
 
 
-def test_a_killed_supernode_is_late_once_and_comes_back(machine: Machine) -> None:
+def test_a_killed_supernode_says_so_and_comes_back(machine: Machine) -> None:
     supernode = machine.pid("green", "supernode")
     run_id = machine.start_run(
         "min-fit-clients=1", "local-steps=150", "round-deadline-s=12", rounds=8
@@ -106,7 +106,8 @@ def test_a_killed_supernode_is_late_once_and_comes_back(machine: Machine) -> Non
     os.kill(supernode, signal.SIGKILL)
     record = machine.wait_for(run_id, lambda r: r["state"].startswith(("completed", "failed")), 240)
     assert record["state"] == "completed-with-warnings", record
-    assert any("green: no answer within 12 s" in line for line in record["verdict"]["reasons"])
+    why = "green: its SuperNode was started again"
+    assert any(why in line for line in record["verdict"]["reasons"]), record
     metrics = Path(record["output_dir"]) / "server/federated_metrics.json"
     counts = [entry["num_clients"] for entry in json.loads(metrics.read_text())]
     assert 1 in counts and counts[-1] == 2, counts

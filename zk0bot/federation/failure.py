@@ -19,6 +19,7 @@ SENTENCES = {
 REFUSALS = {
     "crashed": "its ClientApp failed; its own log says why",
     "process_died": "its ClientApp process died",
+    "restarted": "its SuperNode was started again",
     "held_back": "its owner's policy held the reply back",
     "order_refused": "it refused the order; its own log says why",
     "round_limit": "its owner lets it take part in earlier rounds only",

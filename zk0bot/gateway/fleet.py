@@ -138,7 +138,16 @@ class Fleet:
             self._link.note_trouble(f"the server answered {answer.status}")
             return Response(status_code=502)
         self._link.note(node_id=str(self._session.node_id))
+        self._answer_lost_orders()
         return ActivateNodeResponse(node_id=self._session.node_id)
+
+    def _answer_lost_orders(self) -> None:
+        """A SuperNode that has just begun knows nothing of the orders that another one took."""
+        self._handover.forget()
+        for order in self._desk.orders.all():
+            self._desk.fail(order, "restarted")
+            if not order.is_received:
+                self._start(self._forget(order))
 
     async def _deactivate(self, message: Message) -> Message | Response:
         answer = await self._session.ask("deactivate-node", message)

@@ -98,6 +98,12 @@ class Handover:
             self._close(draft)
         return PushObjectResponse(stored=True)
 
+    def forget(self) -> None:
+        """Drop what is not whole: its SuperNode is gone."""
+        for draft in self._drafts.values():
+            self._desk.outbox.discard(draft)
+        self._drafts.clear()
+
     def _close(self, draft: Draft) -> None:
         self._drafts.pop(draft.session, None)
         self._finish(draft.session)

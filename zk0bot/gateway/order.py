@@ -216,6 +216,10 @@ class Orders:
             if order.metadata.run_id == run_id and object_id in order.nodes
         ]
 
+    def all(self) -> list[Order]:
+        """Every open order, oldest first."""
+        return list(self._open.values())
+
     def of_run(self, run_id: int) -> list[Order]:
         """Open orders of a run."""
         return [order for order in self._open.values() if order.metadata.run_id == run_id]

@@ -564,6 +564,26 @@ def test_an_order_is_known_after_a_restart(open_hop: Open, superlink: FakeSuperL
         assert unpack_failure(reply.content) is None
 
 
+def test_a_supernode_that_begins_anew_has_lost_its_orders(
+    supernode: FakeSuperNode, superlink: FakeSuperLink, tmp_path: Path
+) -> None:
+    sent = superlink.send(train_order())
+    order = supernode.receive()
+    assert order is not None
+    half = build_reply(order, update())
+    supernode.announce(half)
+    begin = ActivateNodeRequest(public_key=supernode.key.public_pem, heartbeat_interval=30)
+    assert supernode.post("activate-node", begin).status_code == 200
+    assert failure_of(superlink, sent) == ("restarted", "its SuperNode was started again")
+    assert not supernode.announce(half).objects_to_push, "too late"
+    until(lambda: not list(outbox_dir(tmp_path).glob("0*")))
+    again = superlink.send(train_order(), group="4")
+    order = supernode.receive()
+    assert order is not None
+    supernode.reply(order, update())
+    assert unpack_failure(until(lambda: superlink.reply_to(again)).content) is None
+
+
 @pytest.mark.parametrize(
     ("answer", "why"),
     [
