@@ -269,9 +269,7 @@ class FakeSuperNode:
             if not answer.object_available:
                 return None
         self.confirm(order.metadata.message_id)
-        whole = message_from_proto(order)
-        whole.metadata.src_task_id = TASK_ID  # it stands in the object that the ClientApp reads
-        return whole
+        return message_from_proto(order)
 
     def get_run(self) -> Response:
         return self.post("get-run", GetRunRequest(node=self._node(), run_id=RUN_ID))

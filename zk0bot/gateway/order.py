@@ -111,22 +111,20 @@ class Order:
             return self._settle_tensors()
         if item.kind == CONFIG:
             return self._note_config(item)
-        return item.kind == MESSAGE and self._note_head(item)
+        if item.kind == MESSAGE:
+            self._check_head(item)
+        return False
 
-    def _note_head(self, item: FlowerObject) -> bool:
-        """Take in the ids of tasks, which a SuperLink leaves out where it announces an order."""
-        head, plain = read_metadata(item), Metadata()
-        plain.CopyFrom(head)
-        plain.message_id = self.metadata.message_id
-        for field in ("src_task_id", "dst_task_id"):
-            plain.ClearField(field)
-            self.metadata.ClearField(field)
-        if plain != self.metadata:
+    def _check_head(self, item: FlowerObject) -> None:
+        """Raises ObjectError when the order is not what was announced, but for ids of tasks."""
+        head, announced = read_metadata(item), Metadata()
+        announced.CopyFrom(self.metadata)
+        head.message_id = announced.message_id
+        for metadata in (head, announced):
+            metadata.ClearField("src_task_id")
+            metadata.ClearField("dst_task_id")
+        if head != announced:
             raise ObjectError("order that is not what was announced")
-        plain.CopyFrom(head)
-        plain.message_id = self.metadata.message_id
-        self.metadata.CopyFrom(plain)
-        return True
 
     def _note_piece(self, object_id: str, item: FlowerObject) -> bool:
         """Keep the table of tensors, if this is a piece that begins with one."""

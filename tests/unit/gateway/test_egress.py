@@ -460,6 +460,17 @@ def test_a_damaged_order_is_refused(
     assert [line.event for line in lines(tmp_path)] == ["refused", "sent"]
 
 
+def test_an_order_that_is_not_what_was_announced_is_refused(
+    supernode: FakeSuperNode, superlink: FakeSuperLink
+) -> None:
+    sent = superlink.send(train_order(), group="3")
+    sent.metadata.group_id = "4"
+    assert supernode.receive() is None
+    superlink.calls.clear()
+    until(lambda: "push-object" in superlink.calls or superlink.replies)
+    assert sent.metadata.message_id not in superlink.confirmed
+
+
 def test_an_order_of_another_kind_is_not_handed_on(
     supernode: FakeSuperNode, superlink: FakeSuperLink, tmp_path: Path
 ) -> None:
