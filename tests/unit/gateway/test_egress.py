@@ -733,7 +733,7 @@ def test_an_endless_answer_is_cut_off(supernode: FakeSuperNode, superlink: FakeS
     superlink.send(train_order())
     supernode.pull()
     superlink.statuses = {"get-run": Response(bytes(10**6))}
-    assert supernode.get_run().status_code == 502
+    assert supernode.get_run().status_code == 403
 
 
 # --- the owner's view
