@@ -37,11 +37,12 @@ from zk0bot.gateway.bundle import find_fab_fault, find_run_fault
 from zk0bot.gateway.desk import Desk
 from zk0bot.gateway.forward import LONG_POLL_S, read_at_most
 from zk0bot.gateway.handover import Handover
+from zk0bot.gateway.ledger import Event
 from zk0bot.gateway.link import Link
 from zk0bot.gateway.objects import check_object
 from zk0bot.gateway.order import Order
 from zk0bot.gateway.session import Session
-from zk0bot.gateway.upstream import OPERATIONS, Unreachable, read_request
+from zk0bot.gateway.upstream import OPERATIONS, BadAnswer, Unreachable, read_request
 from zk0bot.records import now
 from zk0bot.trust.keys import verify_headers
 
@@ -110,7 +111,7 @@ class Fleet:
         if message is None:
             return Response(status_code=403)
         try:
-            result = await self._handlers[operation](message)
+            result = await self._serve(operation, message)
         except Unreachable:
             return Response(status_code=502)
         except DiskError as error:
@@ -118,6 +119,12 @@ class Fleet:
             self._link.note_trouble(error.message)
             return Response(status_code=502)
         return result if isinstance(result, Response) else _respond(result)
+
+    async def _serve(self, operation: str, message: Message) -> Message | Response:
+        try:
+            return await self._handlers[operation](message)
+        except BadAnswer as error:
+            return self._refuse_answer(operation, message, str(error))
 
     def end(self) -> None:
         """Let go of held pulls and what else is under way; may be called from a signal handler."""
@@ -180,8 +187,7 @@ class Fleet:
         if order is None:
             return PullMessagesResponse()
         if code := await self._find_objection(order):
-            self._desk.answer(order, code, event="declined")
-            self._start(self._forget(order))
+            self._decline(order, code, event="declined")
             return PullMessagesResponse()
         self._order_flag.raise_()
         return _hand_on(order)
@@ -244,9 +250,8 @@ class Fleet:
             return PullObjectResponse(object_found=pulled.object_found)
         for order in orders:
             if why := self._find_fault(order, message.object_id, pulled.object_content):
-                code, event = why
-                self._desk.answer(order, code, event="refused", reason=event)
-                self._start(self._forget(order))
+                code, reason = why
+                self._decline(order, code, event="refused", reason=reason)
                 return PullObjectResponse(object_found=False)
         return pulled
 
@@ -268,6 +273,21 @@ class Fleet:
             self._desk.receive(order)
         answer = await self._session.ask("confirm-message-received", message)
         return Response(answer.content) if answer.is_ok else self._run_over(message.run_id)
+
+    def _decline(self, order: Order, code: str, *, event: Event, reason: str = "") -> None:
+        """Answer an order that the SuperNode does not get."""
+        self._desk.answer(order, code, event=event, reason=reason)
+        self._start(self._forget(order))
+
+    def _refuse_answer(self, operation: str, message: Any, why: str) -> Message | Response:
+        """Refuse what the server's answer was about: the SuperNode would ask for it for ever."""
+        if operation in ("get-run", "get-fab"):
+            return self._refuse_run(message.run_id, "run-refused", why)
+        if operation == "pull-object":
+            for order in self._desk.orders.of_object(message.run_id, message.object_id):
+                self._decline(order, "order_refused", event="refused", reason=why)
+            return PullObjectResponse(object_found=False)
+        return Response(status_code=502)
 
     def _run_over(self, run_id: int) -> Response:
         """The server has ended a run; its orders need no reply."""
@@ -328,7 +348,7 @@ def _parse(response: Any, content: bytes) -> Any:
     try:
         response.ParseFromString(content)
     except DecodeError:
-        raise Unreachable("the server's answer is not Flower's") from None
+        raise BadAnswer("the server's answer is not Flower's") from None
     response.DiscardUnknownFields()
     return response
 

@@ -95,6 +95,10 @@ class Unreachable(Exception):
     """The server did not answer, or with an error of its own."""
 
 
+class BadAnswer(Unreachable):
+    """What came back is no SuperLink's answer, and would not be if it were asked for again."""
+
+
 class Upstream:
     """The server's gateway, as this node reaches it."""
 
@@ -204,7 +208,7 @@ async def _read_at_most(response: httpx.Response, limit: int) -> bytes:
     async for piece in response.aiter_raw():
         content += piece
         if len(content) > limit:
-            raise Unreachable("the server's answer is too long")
+            raise BadAnswer("the server's answer is too long")
     return bytes(content)
 
 
