@@ -89,6 +89,12 @@ class _Open:
 
     request: Request
 
+    def welcome(self) -> None:
+        """Its connection is that of a node."""
+        connection = self.request.scope.get("state", {}).get("connection")
+        if connection is not None:
+            connection.welcome()
+
     def end(self) -> None:
         """Cut its connection, unless it watches for its node's end by itself."""
         connection = self.request.scope.get("state", {}).get("connection")
@@ -120,6 +126,7 @@ class Admission:
         if len(mine) >= MAX_REQUESTS_PER_NODE:
             raise RequestRefusedError(429, "too_many_requests", node=node.name)
         opened = _Open(request)
+        opened.welcome()
         mine.add(opened)
         try:
             await self._wait_turn(node)

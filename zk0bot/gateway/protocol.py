@@ -72,7 +72,11 @@ class Limits:
 
 
 class Door:
-    """Who may come in: counts connections and requests by address."""
+    """Who may come in: counts connections and requests by address.
+
+    When the house is full, a newcomer gets the place of a guest, a connection over which no node
+    has asked anything yet: the oldest one of the address that has the most.
+    """
 
     def __init__(
         self,
@@ -86,6 +90,8 @@ class Door:
         self.tls: ssl.SSLContext | None = None
         self.on_refused = on_refused
         self._open: Counter[str] = Counter()
+        self._inside: dict[Ticket, None] = {}
+        """Oldest first."""
         self._connects = Meter(limits.connects_per_address)
         self._requests = Meter(limits.requests_per_address)
 
@@ -96,7 +102,9 @@ class Door:
             self.on_refused(address, why)
             return None
         self._open[key] += 1
-        return Ticket(self, key, address)
+        ticket = Ticket(self, key, address)
+        self._inside[ticket] = None
+        return ticket
 
     def ask(self, ticket: "Ticket") -> Refusal | None:
         """Count a request; why it is one too many, if so."""
@@ -104,17 +112,30 @@ class Door:
             return Refusal(status=429, reason="too many requests from one address")
         return None
 
-    def leave(self, key: str) -> None:
-        self._open[key] -= 1
-        if self._open[key] <= 0:
-            del self._open[key]
+    def leave(self, ticket: "Ticket") -> None:
+        del self._inside[ticket]
+        self._open[ticket.key] -= 1
+        if self._open[ticket.key] <= 0:
+            del self._open[ticket.key]
 
     def _objection(self, key: str) -> str:
-        if self._open.total() >= self.limits.connections:
-            return "too many connections"
         if self._open[key] >= self.limits.connections_per_address:
             return "too many connections from one address"
-        return "connects too often" if self._connects.take(key, self.clock()) else ""
+        if self._connects.take(key, self.clock()):
+            return "connects too often"
+        if len(self._inside) >= self.limits.connections and not self._make_room():
+            return "too many connections"
+        return ""
+
+    def _make_room(self) -> bool:
+        guests = [ticket for ticket in self._inside if not ticket.is_nodes]
+        if not guests:
+            return False
+        guest = max(guests, key=lambda ticket: self._open[ticket.key])
+        self.on_refused(guest.address, "gave way: too many connections")
+        guest.give_back()
+        guest.cut()
+        return True
 
 
 class Ticket:
@@ -123,12 +144,16 @@ class Ticket:
     def __init__(self, door: Door, key: str, address: str) -> None:
         self.key = key
         self.address = address
+        self.is_nodes = False
+        """Whether an enrolled node has asked something over this connection."""
+        self.cut: Callable[[], None] = lambda: None
+        """Ends the connection."""
         self._door: Door | None = door
 
     def give_back(self) -> None:
         """Free the place; once is enough, twice does no harm."""
         if self._door is not None:
-            self._door.leave(self.key)
+            self._door.leave(self)
             self._door = None
 
 
@@ -146,6 +171,7 @@ class Doorman(asyncio.Protocol):
         if ticket is None:
             transport.abort()
             return
+        ticket.cut = transport.abort
         protocol = self._build_protocol(ticket)
         if self._door.tls is None:
             transport.set_protocol(protocol)
@@ -254,6 +280,10 @@ class GuardedProtocol(H11Protocol):
             early = bytes(self._early)
             self._early.clear()
             self.data_received(early)
+
+    def welcome(self) -> None:
+        """This connection is a node's: it gives way to nobody."""
+        self._ticket.is_nodes = True
 
     def cut(self) -> None:
         """End the connection now, whatever is under way."""

@@ -23,7 +23,7 @@ from gateway_kit import (
 
 from zk0bot.gateway import protocol
 from zk0bot.gateway.guard import MAX_HEAD_BYTES, Rate
-from zk0bot.gateway.protocol import Limits
+from zk0bot.gateway.protocol import Door, Limits
 from zk0bot.gateway.tls import CertificateSource, LiveCertificate
 from zk0bot.trust.certificates import ensure_authority, ensure_certificate
 from zk0bot.trust.keys import make_node_key
@@ -224,17 +224,56 @@ def test_one_address_has_so_many_connections_and_gets_them_back(
     assert stand.refused == [("127.0.0.1", "too many connections from one address")]
 
 
-def test_connections_have_a_limit_in_all(
+def test_in_a_full_house_a_guest_gives_way(
     stand: Stand, free_port: Callable[[], int], fast_checks: None
 ) -> None:
     with (
         listening(stand, free_port(), limits=Limits(connections=2)) as port,
-        port.connect(),
+        port.connect() as first,
         port.connect(),
     ):
         wait_until(lambda: len(port.server.server_state.connections) == 2)
+        assert port.status_of(HEALTH) == 200
+        assert read_all(first) == b""
+        wait_until(lambda: len(port.server.server_state.connections) == 1)
+    assert stand.refused == [("127.0.0.1", "gave way: too many connections")]
+
+
+def test_in_a_house_full_of_nodes_a_newcomer_is_refused(
+    stand: Stand, free_port: Callable[[], int], fast_checks: None
+) -> None:
+    with (
+        listening(stand, free_port(), limits=Limits(connections=2)) as port,
+        port.connect() as first,
+        port.connect() as second,
+    ):
+        for link in (first, second):
+            link.sendall(head("POST", BEAT, "content-length: 0", *signed(stand.key)))
+            assert link.recv(100).startswith(b"HTTP/1.1 200 ")
         assert port.status_of(HEALTH) == 0
     assert stand.refused == [("127.0.0.1", "too many connections")]
+
+
+def test_who_has_the_most_connections_gives_way() -> None:
+    cut: list[str] = []
+    door = Door(Limits(connections=5), lambda peer, reason: None)
+
+    def enter(address: str, *, is_nodes: bool = False) -> bool:
+        ticket = door.enter(address)
+        if ticket is None:
+            return False
+        ticket.is_nodes = is_nodes
+        ticket.cut = lambda: cut.append(address)
+        return True
+
+    assert enter("10.0.0.1")
+    assert all(enter("10.0.0.2") for _ in range(2))
+    assert all(enter("10.0.0.3", is_nodes=True) for _ in range(2))
+    assert enter("10.0.0.4") and enter("10.0.0.5")
+    assert cut == ["10.0.0.2", "10.0.0.1"]
+    assert all(enter("10.0.0.6", is_nodes=True) for _ in range(3))
+    assert not enter("10.0.0.1")
+    assert sorted(cut[2:]) == ["10.0.0.2", "10.0.0.4", "10.0.0.5"]
 
 
 def test_one_address_connects_and_asks_so_often(
