@@ -119,20 +119,27 @@ class Wire:
                 received += piece
         return bytes(received)
 
-    def is_open(self) -> bool:
-        """Whether the other end has not hung up; what it has said is thrown away."""
+    def peek(self) -> bytes | None:
+        """What has come by now, not waiting for more; None when the other end has hung up."""
+        received = bytearray()
         self.socket.setblocking(False)
         try:
-            while self.socket.recv(65536):
-                pass
+            while piece := self.socket.recv(65536):
+                received += piece
         except (ssl.SSLWantReadError, BlockingIOError):
-            return True
+            return bytes(received)
         except OSError:
-            return False
+            return bytes(received) or None
         finally:
             with contextlib.suppress(OSError):
                 self.socket.settimeout(ANSWER_S)
-        return False
+        return bytes(received) or None
+
+    def is_open(self) -> bool:
+        """Whether the other end has not hung up; what it has said is thrown away."""
+        while said := self.peek():
+            pass
+        return said is not None
 
 
 def build_head(

@@ -19,6 +19,7 @@ from attack import HERE, Target
 from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest
 from flwr.supercore.auth import create_superexec_auth_metadata, derive_auth_secret
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from real_machine import Machine
 
 from zk0bot.config.paths import trainer_socket
 from zk0bot.federation.superlink import WITHOUT_SECRET, WITHOUT_TOKEN
@@ -270,16 +271,21 @@ def test_environments_and_saved_commands_hold_no_secret(target: Target) -> None:
         assert secret not in path.read_text(errors="replace"), path
 
 
-def test_a_folder_that_others_can_enter_is_refused_by_name(target: Target) -> None:
-    """Not while it runs: the next start says what to mend."""
-    folder = target.paths.tls_dir
+@pytest.mark.parametrize("name", ["tls", "loopback", "enrolment"])
+def test_a_folder_that_others_can_enter_is_refused_by_name(
+    target: Target, tmp_path: Path, name: str
+) -> None:
+    """The next start says what to mend: what lay there may be known."""
+    root = tmp_path / "z"
+    folder = root / "server" / name
+    folder.mkdir(parents=True)
+    for path in (root, root / "server"):
+        path.chmod(0o700)
     folder.chmod(0o755)
-    target.machine.zk0bot("server", "stop")
-    try:
-        status, answer = target.machine.zk0bot("server", "start", "--public-host", HERE)
-    finally:
-        folder.chmod(0o700)
-    assert status != 0
+    env = {**target.machine.env, "HOME": str(tmp_path), "ZK0BOT_HOME": str(root)}
+    other = Machine(home=tmp_path, env={**env, "ZK0BOT_PORT": "29694"}, port=29694)
+    status, answer = other.zk0bot("server", "start", "--set", "superlink-port=29693")
+    other.zk0bot("server", "stop")
+    assert status != 0, answer
     assert str(folder) in json.dumps(answer)
     assert "chmod 700" in json.dumps(answer)
-    target.restart()
