@@ -110,6 +110,7 @@ class FakeSuperLink:
     lose_sessions: int = 0
     """Pushed objects to answer with: the session is unknown."""
     lose_answers: int = 0
+    is_node_online: bool = False
     """Pushed objects that are kept while the answer is lost."""
     is_refusing_quietly: bool = False
     """Announcements are answered as those that nobody waits for."""
@@ -170,7 +171,10 @@ class FakeSuperLink:
         if operation != "activate-node" and self._claimed(message) != self.node_id:
             return JSONResponse({"detail": "Invalid SuperNode authentication"}, 401)
         handler = getattr(self, f"_{operation.replace('-', '_')}")
-        answer = Answer(handler(message).SerializeToString())
+        result = handler(message)
+        if isinstance(result, Answer):
+            return result
+        answer = Answer(result.SerializeToString())
         if operation == "push-object" and self.lose_answers:
             self.lose_answers -= 1
             return Answer(status_code=502)
@@ -180,10 +184,14 @@ class FakeSuperLink:
         return int(message.node.node_id if "node" in message.DESCRIPTOR.fields_by_name
                    else message.node_id)  # fmt: skip
 
-    def _activate_node(self, message: ActivateNodeRequest) -> ActivateNodeResponse:
+    def _activate_node(self, message: ActivateNodeRequest) -> ActivateNodeResponse | Answer:
+        if self.is_node_online:  # as flwr's linkstate does
+            return JSONResponse({"code": 2004, "detail": "Failed to activate SuperNode."}, 409)
+        self.is_node_online = True
         return ActivateNodeResponse(node_id=self.node_id)
 
     def _deactivate_node(self, message: DeactivateNodeRequest) -> DeactivateNodeResponse:
+        self.is_node_online = False
         return DeactivateNodeResponse()
 
     def _send_node_heartbeat(self, message: Any) -> SendNodeHeartbeatResponse:

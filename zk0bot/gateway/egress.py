@@ -196,7 +196,7 @@ def build_app(node: Node, client: httpx.AsyncClient, tls: ssl.SSLContext | None)
     refusals = RefusalLog(audit)
     link = Link(folder, node.membership.server)
     upstream = Upstream(client, node.key.sign_headers, Throttle(config.max_upload_mbit))
-    session = Session(upstream, link, node.key.public_pem)
+    session = Session(upstream, link, node.key.public_pem, outbox_dir(folder) / "node-id")
     brakes = Brakes(config, read_ledger(ledger_path(folder)), local_now)
     desk = Desk(
         orders=Orders(outbox_dir(folder) / "orders"),

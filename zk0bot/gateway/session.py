@@ -1,14 +1,20 @@
 """This node's standing at its server: its id there, and whether it rests."""
 
 import asyncio
+import logging
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, DeactivateNodeRequest
 from google.protobuf.message import DecodeError, Message
 
+from zk0bot.files import write_text
 from zk0bot.gateway.link import Link
 from zk0bot.gateway.upstream import Answer, Unreachable, Upstream
+
+logger = logging.getLogger(__name__)
 
 
 class TurnedAway(Unreachable):
@@ -21,8 +27,12 @@ class Session:
     A server that was started anew gives its nodes new ids; the SuperNode need not know.
     """
 
-    def __init__(self, upstream: Upstream, link: Link, public_pem: bytes) -> None:
+    def __init__(
+        self, upstream: Upstream, link: Link, public_pem: bytes, last_id_path: Path
+    ) -> None:
+        """``last_id_path`` keeps the id for the next start of this node."""
         self._upstream = upstream
+        self._last_id_path = last_id_path
         self._link = link
         self._public_pem = public_pem
         self._activating = asyncio.Lock()
@@ -50,11 +60,31 @@ class Session:
         return answer
 
     async def activate(self) -> Answer:
-        """Tell the server that this node is there. Raises as ``ask``."""
+        """Tell the server that this node is there. Raises as ``ask``.
+
+        A SuperLink refuses that of a node which it thinks is there, such as one that was killed a
+        moment ago; it is told first that the former one is gone.
+        """
         request = ActivateNodeRequest(
             public_key=self._public_pem, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
         )
-        return await self.ask("activate-node", request)
+        answer = await self.ask("activate-node", request)
+        if not answer.is_ok and (former := self.node_id or self._read_last_id()):
+            await self._call("deactivate-node", DeactivateNodeRequest(node_id=former), former)
+            answer = await self.ask("activate-node", request)
+        return answer
+
+    def _read_last_id(self) -> int:
+        with suppress(FileNotFoundError, ValueError):
+            return int(self._last_id_path.read_text()[:20])
+        return 0
+
+    def _keep_id(self, node_id: int) -> None:
+        self.node_id = node_id
+        try:
+            write_text(self._last_id_path, str(node_id), mode=0o600)
+        except OSError as error:  # a full disk: the next start waits for the missing heartbeat
+            logger.warning("the node id is not kept: %s", error)
 
     async def rest(self, why: str) -> None:
         """Leave the server alone from now on."""
@@ -103,7 +133,7 @@ class Session:
         if answer.refusal:
             raise Unreachable(answer.refusal)
         if operation == "activate-node" and answer.is_ok:
-            self.node_id = _node_id_of(answer)
+            self._keep_id(_node_id_of(answer))
         return answer
 
 

@@ -446,11 +446,11 @@ def _check_trainer(process: str, private: Path) -> Check:
 
 
 def _check_link(service_dir: Path, server: str) -> Check:
-    """The SuperNode is registered with the server."""
+    """The SuperNode is registered with the server, or its owner's limits keep it away now."""
 
     def look() -> str | None:
         link = find_link(service_dir)
-        if link and link.node_id:
+        if link and (link.node_id or link.is_resting):
             return None
         reason = f" ({link.error})" if link and link.error else ""
         return f"a connection to {server}{reason}"
