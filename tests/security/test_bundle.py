@@ -5,7 +5,9 @@ own checks into the SuperLink's database, so that nodes are told whatever it lik
 """
 
 import base64
+import io
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,7 @@ import psutil
 import pytest
 from node_attack import OTHER, OURS, Federation, Operator, wait_until
 
-from zk0bot.config.paths import Paths
-from zk0bot.gateway.bundle import bundle_dir
+from zk0bot.gateway.bundle import build_bundle, bundle_dir
 from zk0bot.gateway.reply import INVALID_FAB_SENTENCE
 
 pytest_plugins = ["node_fixture"]
@@ -61,7 +62,7 @@ TOLD: dict[str, list[list[Any]]] = {
 """What the SuperLink says of a run of our own bundle."""
 
 HONEST = {"all-is-well": ["query"]}
-STRANGE = {"strange-orders": ["train.evil", "query", "evaluate.\x07", "train"]}
+STRANGE = {"strange-orders": ["train.evil", "query", "query.list_files", "train"]}
 """Our own bundle and settings, by kinds of order."""
 
 
@@ -78,7 +79,7 @@ def attacked(federation: Federation, operator: Operator) -> Iterator[dict[str, A
         for name, sql in TOLD.items():
             operator.plan(name, sql=sql, nodes=[], content="plain", kinds=["query"], wait_s=20)
         for name, kinds in (HONEST | STRANGE).items():
-            operator.plan(name, sql=[], nodes=[], content="plain", kinds=kinds, wait_s=20)
+            operator.plan(name, sql=[], nodes=[], content="plain", kinds=kinds, wait_s=10)
         for name in (*TOLD, *HONEST, *STRANGE):
             operator.submit(name, operator.own_bundle())
             names.append(name)
@@ -132,11 +133,11 @@ def test_no_line_of_it_ran_on_a_node(
 ) -> None:
     ran_at = {path.name: path.read_text() for path in operator.folder.glob("ran-*")}
     assert all(place == str(federation.server_dir) for place in ran_at.values()), ran_at
-    assert "shadows-torch" in str(ran_at), "the operator's own machine runs what its owner says"
 
 
 def test_nothing_of_it_lies_on_a_node(federation: Federation, attacked: dict[str, Any]) -> None:
-    own = {path.name: path.read_bytes() for path in bundle_dir().iterdir() if path.is_file()}
+    with zipfile.ZipFile(io.BytesIO(build_bundle().content)) as archive:
+        own = {name: archive.read(name) for name in archive.namelist() if "/" not in name}
     for node in (federation.node_dir, federation.other_dir):
         apps = [path for path in (node / "flwr/apps").iterdir() if path.is_dir()]
         assert len(apps) == 1, "our own bundle"
@@ -156,7 +157,7 @@ def test_ledger_and_audit_log_tell_the_owner(
     refused = [line for line in federation.ledger() if line.event == "refused"]
     assert len({event.details["run"] for event in told}) == len(FOREIGN) + len(TOLD)
     assert len(refused) >= len(FOREIGN) * 2 + len(TOLD)
-    for words in ("flwr-simulation", "flwr-agentapp", "evil", "zk0bots", "0.1.1", "has the hash"):
+    for words in ("flwr-simulation", "flwr-agentapp", "evil", "bundles", "0.1.1", "has the hash"):
         assert any(words in reason for reason in reasons), (words, reasons)
     assert all(len(reason) < 500 and reason.isprintable() for reason in reasons), reasons
     assert federation.command(federation.owner, "audit", "verify", OURS).returncode == 0
@@ -199,18 +200,15 @@ def test_a_normal_run_right_after_completes(
 
 
 def test_what_lies_in_the_install_folder_before_the_start_is_never_run(
-    federation: Federation, operator: Operator, attacked: dict[str, Any]
+    federation: Federation, attacked: dict[str, Any]
 ) -> None:
     """Flower runs an unpacked bundle without another look; a new SuperNode unpacks its own."""
-    (unpacked,) = (federation.node_dir / "flwr/apps").glob("zk0bot.zk0bot-bundle.*")
-    with (unpacked / "zk0_client.py").open("a") as file:
-        file.write(prepare("planted", {"x": TOUCH}, operator)["x"])
+    apps = federation.node_dir / "flwr/apps"
+    (unpacked,) = apps.glob("zk0bot.zk0bot-bundle.*")
+    (unpacked / "zk0_client.py").write_text("raise SystemExit('planted')")
     federation.restart("supernode")
-    federation.wait_connected()
-    record = federation.run()
-    assert record["state"] == "completed", record
-    assert not list(operator.folder.glob("ran-planted-*"))
-    assert Paths(federation.owner.root).client_dir(OURS) == federation.node_dir
+    wait_until(lambda: not list(apps.iterdir()), "an empty install folder")
+    assert apps.stat().st_mode & 0o777 == 0o700
 
 
 def test_attacks_leave_no_process_behind(federation: Federation, attacked: dict[str, Any]) -> None:
