@@ -31,8 +31,8 @@ LONGEST_TURN_S = 10.0
 """A request that would have to wait longer is refused."""
 MAX_SIGNED_TIMES = 100_000
 """Remembered at once: three minutes of what one address may ask at most."""
-HELD = "pull-messages"
-"""The operation that waits here, and watches for its node's end by itself."""
+NOT_CUT = ("pull-messages", "leave")
+"""What ends by itself when its node goes: the one watches for it, the other brings it about."""
 
 _WORDS = {
     "node_unknown": "this key is not enrolled here",
@@ -96,9 +96,9 @@ class _Open:
             connection.welcome()
 
     def end(self) -> None:
-        """Cut its connection, unless it watches for its node's end by itself."""
+        """Cut its connection, unless it ends by itself."""
         connection = self.request.scope.get("state", {}).get("connection")
-        if connection is not None and not self.request.url.path.endswith(HELD):
+        if connection is not None and not self.request.url.path.endswith(NOT_CUT):
             connection.cut()
 
 

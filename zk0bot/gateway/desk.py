@@ -10,10 +10,33 @@ from zk0bot.gateway.order import Order, Orders
 from zk0bot.gateway.outbox import Draft, Outbox, Ready
 from zk0bot.gateway.policy import Content, Rules, check_reply
 from zk0bot.gateway.reply import Parcel, build_bundle_error, build_failure
-from zk0bot.trust.audit import AuditLog
+from zk0bot.trust.audit import AuditLog, RefusalLog
 
 logger = logging.getLogger(__name__)
-ACTOR = "egress"
+NO_RUN = "no run"
+
+
+class Refusals:
+    """What this node did not do, in its audit log; no server fills it: repeats are counted."""
+
+    EVENTS = ("request-refused", "reply-held", "order-declined", "bundle-refused", "run-refused")
+
+    def __init__(self, audit: AuditLog) -> None:
+        self._logs = {event: RefusalLog(audit, event=event) for event in self.EVENTS}
+
+    def note(self, event: str, whose: str, reason: str, **details: str | int) -> None:
+        """``whose``: the run or address that it is about."""
+        self._logs[event].refuse(whose, reason, **details)
+
+    def flush(self) -> None:
+        """Write counts whose time has come."""
+        for log in self._logs.values():
+            log.flush()
+
+    def close(self) -> None:
+        """Write all counts."""
+        for log in self._logs.values():
+            log.close()
 
 
 class Desk:
@@ -25,14 +48,14 @@ class Desk:
         orders: Orders,
         outbox: Outbox,
         ledger: Ledger,
-        audit: AuditLog,
+        refusals: Refusals,
         brakes: Brakes,
         rules: Rules,
     ) -> None:
         self.orders = orders
         self.outbox = outbox
         self._ledger = ledger
-        self._audit = audit
+        self._refusals = refusals
         self._brakes = brakes
         self._rules = rules
         self.num_held = 0
@@ -74,22 +97,21 @@ class Desk:
         """Keep back what answers no open order: there is nobody to tell."""
         logger.warning("a message is held back: %s", reason)
         self.num_held += 1
-        self._audit.append("reply-held", ACTOR, reason=reason)
+        self._refusals.note("reply-held", NO_RUN, reason)
         self._write(LedgerLine(event="held", direction="out", reason=reason))
 
     def refuse_stray(self, reason: str) -> None:
         """Note what a server sent that is no order of zk0bot's: there is nothing to answer."""
         logger.error("an order is refused: %s", reason)
-        self._audit.append("order-declined", ACTOR, reason=reason)
+        self._refusals.note("order-declined", NO_RUN, reason)
         self._write(LedgerLine(event="refused", direction="in", reason=reason))
 
     def answer(self, order: Order, code: str, *, event: Event, reason: str = "") -> None:
         """Answer ``order`` with the failure ``code`` instead of what was or would be its reply."""
         why = reason or sentence_of(code)
-        self._audit.append(
-            "reply-held" if event == "held" else "order-declined",
-            ACTOR, reason=why, run=order.run_id or str(order.metadata.run_id), round=order.round,
-        )  # fmt: skip
+        whose = order.run_id or str(order.metadata.run_id)
+        what = "reply-held" if event == "held" else "order-declined"
+        self._refusals.note(what, whose, why, round=order.round)
         self._write(_line(event, order, reason=why))
         self._send_own(order, build_failure(order.metadata, code), f"{code}: {sentence_of(code)}")
 
@@ -103,7 +125,7 @@ class Desk:
         Returns the orders that were open.
         """
         logger.error("run %s is refused: %s", run_id, reason)
-        self._audit.append(event, ACTOR, reason=reason, run=str(run_id))
+        self._refusals.note(event, str(run_id), reason)
         orders = self.orders.of_run(run_id)
         if not orders:
             self._write(LedgerLine(event="refused", direction="in", flower_run_id=str(run_id),

@@ -38,7 +38,7 @@ from zk0bot.errors import ConfigError, DataError, TrustError, Zk0Error
 from zk0bot.files import Flag, read_record
 from zk0bot.gateway.brakes import Brakes, Throttle, list_foreign_gpu_pids, local_now
 from zk0bot.gateway.bundle import build_bundle
-from zk0bot.gateway.desk import Desk
+from zk0bot.gateway.desk import Desk, Refusals
 from zk0bot.gateway.fleet import Fleet
 from zk0bot.gateway.forward import build_client, serve
 from zk0bot.gateway.ledger import Ledger, read_ledger
@@ -50,7 +50,7 @@ from zk0bot.gateway.sender import Sender
 from zk0bot.gateway.session import Session
 from zk0bot.gateway.upstream import Unreachable, Upstream
 from zk0bot.records import GatewayHealth, Membership, NodeProgress
-from zk0bot.trust.audit import AuditLog, RefusalLog
+from zk0bot.trust.audit import AuditLog
 from zk0bot.trust.certificates import SERVER_KEY
 from zk0bot.trust.keys import KEY_NAME, NodeKey, load_node_key
 from zk0bot.trust.membership import (
@@ -108,7 +108,7 @@ class Keeper:
         self._reported: NodeProgress | None = None
         self._greeted_at = -GREET_S
 
-    async def run(self, refusals: RefusalLog) -> None:
+    async def run(self, refusals: Refusals) -> None:
         """Do what is due, until cancelled."""
         try:
             while True:
@@ -192,8 +192,7 @@ def build_app(node: Node, client: httpx.AsyncClient, tls: ssl.SSLContext | None)
     ``app.state.end()`` answers held pulls before the process ends.
     """
     folder, config = node.client_dir, node.config
-    audit = AuditLog(audit_dir(folder))
-    refusals = RefusalLog(audit)
+    refusals = Refusals(AuditLog(audit_dir(folder)))
     link = Link(folder, node.membership.server)
     upstream = Upstream(client, node.key.sign_headers, Throttle(config.max_upload_mbit))
     session = Session(upstream, link, node.key.public_pem, outbox_dir(folder) / "node-id")
@@ -202,7 +201,7 @@ def build_app(node: Node, client: httpx.AsyncClient, tls: ssl.SSLContext | None)
         orders=Orders(outbox_dir(folder) / "orders"),
         outbox=Outbox(outbox_dir(folder)),
         ledger=Ledger(ledger_path(folder)),
-        audit=audit,
+        refusals=refusals,
         brakes=brakes,
         rules=Rules(forbid=config.forbid),
     )
@@ -214,7 +213,7 @@ def build_app(node: Node, client: httpx.AsyncClient, tls: ssl.SSLContext | None)
         brakes=brakes,
         public_pem=node.key.public_pem,
         order_flag=Flag(order_flag(folder)),
-        refuse=refusals.refuse,
+        refuse=partial(refusals.note, "request-refused"),
         list_gpu_pids=look if config.gpu_only_when_idle else None,
     )
     sender = Sender(session, desk.outbox, on_dropped=desk.drop)

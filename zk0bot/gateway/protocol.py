@@ -11,6 +11,7 @@ import signal
 import ssl
 import sys
 import time
+from asyncio import sslproto
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ CHECK_S = 1.0
 """How often connections are looked at for being slow."""
 MAX_EARLY_BYTES = 256 * KIB
 """Of a next request that may come in while one is answered: what was on its way already."""
+TLS_BUFFER_BYTES = 64 * KIB
+"""Of each connection, from its first byte on; asyncio's own 256 KiB make 400 MiB of a full house."""
 LINGER_S = 0.5
 """What a refused client still sends is thrown away for so long, so that it can read why."""
 
@@ -419,6 +422,7 @@ class GuardedServer(uvicorn.Server):
             self.should_exit = True
             return
         loop = asyncio.get_running_loop()
+        sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
         try:
             listener = await loop.create_server(
                 lambda: Doorman(self._door, self._build_protocol),
