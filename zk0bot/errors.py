@@ -65,7 +65,8 @@ class UnknownNameError(ConfigError):
     def of(cls, kind: str, name: str, known: Iterable[str]) -> "UnknownNameError":
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+        hint = f"known: {', '.join(names)}" if names else f"there is no {kind} yet"
+        hint = f"did you mean {near[0]!r}?" if near else hint
         return cls(f"unknown {kind} {name!r}", hint=hint)
 
 

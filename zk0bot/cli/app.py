@@ -6,16 +6,17 @@ A command's module is imported when the command is used, so that ``--help`` stay
 import errno
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 import typer.core
 import typer.main
 from typer.models import ArgumentInfo
 
-from zk0bot.cli.show import Show
+from zk0bot.cli.show import Show, open_missing_streams
 from zk0bot.errors import DiskError, Zk0Error
 from zk0bot.ops.interrupt import interruptible
+from zk0bot.version import __version__
 
 INTERRUPTED = 130
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -112,13 +113,25 @@ app = typer.Typer(
 )
 
 
+def _show_version(ctx: typer.Context, is_wanted: bool) -> None:
+    if is_wanted:
+        ctx.obj.line(f"zk0bot {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
     """Train one SmolVLA policy together; no raw data leaves a machine."""
 
 
 def main() -> None:
     """Entry point of the ``zk0bot`` program."""
+    open_missing_streams()
     with interruptible():
         app(prog_name="zk0bot")
 

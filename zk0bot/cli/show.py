@@ -1,9 +1,11 @@
 """The terminal: standard output is the result, standard error is everything else."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Protocol
 
 from zk0bot.errors import Zk0Error
@@ -88,6 +90,13 @@ class Show:
     def _write_out(self, text: str) -> None:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
+
+
+def open_missing_streams() -> None:
+    """Where the caller has closed standard output or error (``>&-``), what goes there is lost."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))
 
 
 def _to_json(value: Any) -> str:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from zk0bot.cli import app as app_module
 from zk0bot.cli.app import COMMANDS, app
+from zk0bot.version import __version__
 
 HEAVY = "torch lerobot flwr mujoco transformers datasets httpx"
 
@@ -148,3 +149,17 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(app_module, "import_module", fail)
     assert isinstance(CliRunner().invoke(app, ["status"]).exception, ZeroDivisionError)
+
+
+def test_version_is_an_option_as_well() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"zk0bot {__version__}\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_no_failure(closed: str) -> None:
+    program = Path(sys.executable).with_name("zk0bot")
+    done = subprocess.run(
+        f"{program} status {closed}", shell=True, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
