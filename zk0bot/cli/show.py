@@ -96,7 +96,7 @@ def open_missing_streams() -> None:
     """Where the caller has closed standard output or error (``>&-``), what goes there is lost."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w"))
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  until the end
 
 
 def _to_json(value: Any) -> str:
