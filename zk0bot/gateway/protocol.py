@@ -40,7 +40,7 @@ CHECK_S = 1.0
 MAX_EARLY_BYTES = 256 * KIB
 """Of a next request that may come in while one is answered: what was on its way already."""
 TLS_BUFFER_BYTES = 64 * KIB
-"""Of each connection, from its first byte on; asyncio's own 256 KiB make 400 MiB of a full house."""
+"""Of each connection from its start; asyncio's own 256 KiB make 400 MiB of a full house."""
 LINGER_S = 0.5
 """What a refused client still sends is thrown away for so long, so that it can read why."""
 
