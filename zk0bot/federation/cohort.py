@@ -68,7 +68,8 @@ class Cohort:
             self.asked.discard(reply.node_id)
             if reply.content is None:
                 logger.warning("node %s did not describe itself: %s", reply.node_id, reply.failure)
-                self.failed[reply.node_id] = (reply.failure, self.clock())
+                name = self.find_name(reply.node_id) or f"node {reply.node_id}"
+                self.failed[reply.node_id] = (f"{name}: {reply.failure}", self.clock())
                 continue
             self.failed.pop(reply.node_id, None)
             if why := self._admit(reply.node_id, reply.content):

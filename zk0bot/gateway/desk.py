@@ -106,13 +106,18 @@ class Desk:
         self._refusals.note("order-declined", NO_RUN, reason)
         self._write(LedgerLine(event="refused", direction="in", reason=reason))
 
-    def answer(self, order: Order, code: str, *, event: Event, reason: str = "") -> None:
-        """Answer ``order`` with the failure ``code`` instead of what was or would be its reply."""
+    def answer(
+        self, order: Order, code: str, *, event: Event, reason: str = "", num_bytes: int = 0
+    ) -> None:
+        """Answer ``order`` with the failure ``code`` instead of what was or would be its reply.
+
+        ``num_bytes`` of it had come by then: they count, or a server could send without end.
+        """
         why = reason or sentence_of(code)
         whose = order.run_id or str(order.metadata.run_id)
         what = "reply-held" if event == "held" else "order-declined"
         self._refusals.note(what, whose, why, round=order.round)
-        self._write(_line(event, order, reason=why))
+        self._write(_line(event, order, reason=why, bytes=num_bytes))
         self._send_own(order, build_failure(order.metadata, code), f"{code}: {sentence_of(code)}")
 
     def fail(self, order: Order, code: str) -> None:

@@ -251,7 +251,8 @@ class Fleet:
         for order in orders:
             if why := self._find_fault(order, message.object_id, pulled.object_content):
                 code, reason = why
-                self._decline(order, code, event="refused", reason=reason)
+                size = order.num_bytes + len(pulled.object_content)
+                self._decline(order, code, event="refused", reason=reason, num_bytes=size)
                 return PullObjectResponse(object_found=False)
         return pulled
 
@@ -274,9 +275,11 @@ class Fleet:
         answer = await self._session.ask("confirm-message-received", message)
         return Response(answer.content) if answer.is_ok else self._run_over(message.run_id)
 
-    def _decline(self, order: Order, code: str, *, event: Event, reason: str = "") -> None:
-        """Answer an order that the SuperNode does not get."""
-        self._desk.answer(order, code, event=event, reason=reason)
+    def _decline(
+        self, order: Order, code: str, *, event: Event, reason: str = "", num_bytes: int = 0
+    ) -> None:
+        """Answer an order that the SuperNode does not get, but for ``num_bytes`` of it."""
+        self._desk.answer(order, code, event=event, reason=reason, num_bytes=num_bytes)
         self._start(self._forget(order))
 
     def _refuse_answer(self, operation: str, message: Any, why: str) -> Message | Response:

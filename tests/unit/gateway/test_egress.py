@@ -846,13 +846,15 @@ def test_a_node_rests_when_its_bytes_are_used_up_and_stays_so_after_a_restart(
     assert not set(superlink.calls) & {"activate-node", "pull-messages", "push-messages"}
 
 
-def test_an_order_beyond_the_days_bytes_is_cut_off(
-    open_hop: Open, superlink: FakeSuperLink
+def test_an_order_beyond_the_days_bytes_is_cut_off_and_ends_the_day(
+    open_hop: Open, superlink: FakeSuperLink, tmp_path: Path
 ) -> None:
     sent = superlink.send(train_order())
     with open_hop(max_bytes_per_day=5000) as supernode:
         assert supernode.receive() is None
         assert failure_of(superlink, sent)[0] == "daily_limit"
+        assert sum(line.bytes for line in lines(tmp_path) if line.event == "refused") > 5000
+        until(lambda: link(tmp_path).is_resting, "rest")
 
 
 def test_outside_its_hours_a_node_leaves_the_server_alone(
