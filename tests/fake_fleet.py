@@ -250,6 +250,7 @@ class FakeSuperNode:
     client: Client
     key: NodeKey
     node_id: int = 77
+    run_id: int = RUN_ID
 
     def post(self, operation: str, message: Any, **headers: str) -> Response:
         return self.client.post(
@@ -280,21 +281,21 @@ class FakeSuperNode:
         return message_from_proto(order)
 
     def get_run(self) -> Response:
-        return self.post("get-run", GetRunRequest(node=self._node(), run_id=RUN_ID))
+        return self.post("get-run", GetRunRequest(node=self._node(), run_id=self.run_id))
 
     def get_fab(self) -> Response:
-        request = GetFabRequest(node=self._node(), run_id=RUN_ID, hash_str=build_bundle().hash)
+        request = GetFabRequest(node=self._node(), run_id=self.run_id, hash_str=build_bundle().hash)
         return self.post("get-fab", request)
 
     def pull_object(self, key: str) -> PullObjectResponse:
-        request = PullObjectRequest(node=self._node(), run_id=RUN_ID, object_id=key)
+        request = PullObjectRequest(node=self._node(), run_id=self.run_id, object_id=key)
         answer = self.post("pull-object", request)
         pulled: PullObjectResponse = PullObjectResponse.FromString(answer.content)
         return pulled
 
     def confirm(self, message_id: str) -> Response:
         request = ConfirmMessageReceivedRequest(
-            node=self._node(), run_id=RUN_ID, message_object_id=message_id
+            node=self._node(), run_id=self.run_id, message_object_id=message_id
         )
         return self.post("confirm-message-received", request)
 
@@ -321,7 +322,7 @@ class FakeSuperNode:
 
     def push(self, session: str, key: str, content: bytes) -> bool:
         request = PushObjectRequest(
-            node=self._node(), run_id=RUN_ID, object_id=key, object_content=content,
+            node=self._node(), run_id=self.run_id, object_id=key, object_content=content,
             session_id=session,
         )  # fmt: skip
         answer = self.post("push-object", request)

@@ -151,6 +151,8 @@ class Federation:
     server: Machine
     owner: Machine
     wire: Recorder
+    tls: Path
+    """A certificate of the server's CA, for recorders."""
     dataset: Path
     data_canaries: dict[str, str]
     secrets: dict[str, str] = field(default_factory=dict)
@@ -173,6 +175,10 @@ class Federation:
     @property
     def server_dir(self) -> Path:
         return Paths(self.server.root).server_dir
+
+    def invite(self, name: str, wire: Recorder) -> JoinCode:
+        """A join code for a node that is to be recorded."""
+        return replace(JoinCode.decode(self.server.invite(name)), server=f"{HERE}:{wire.port}")
 
     def command(
         self, machine: Machine, *arguments: str, stdin: str = "", **env: str
@@ -241,6 +247,11 @@ class Federation:
 
         wait_until(is_connected, "the node to be connected")
 
+    def read_loopback_secret(self) -> dict[str, str]:
+        """Of this start of the node."""
+        text = (self.node_dir / "loopback/secret").read_text().strip()
+        return {f"node's loopback secret {text[:4]}": text}
+
     def ledger(self) -> list[LedgerLine]:
         return list(read_ledger(ledger_path(self.node_dir)))
 
@@ -270,6 +281,12 @@ class Operator:
         """Where hostile ServerApps report, and hostile ClientApps would."""
         self._federation = federation
         self._plans: dict[str, Any] = {}
+
+    def prepare(self) -> None:
+        """Have the server unpack our own bundle, which ``posing_as_ours`` changes."""
+        apps = self._federation.server_dir / "flwr/apps"
+        if not list(apps.glob(f"*.{build_bundle().hash[:8]}")):
+            assert self._federation.run()["state"] == "completed"
 
     def plan(self, name: str, **plan: object) -> None:
         """What the hostile ServerApp of the run ``name`` does."""
@@ -534,11 +551,11 @@ def hostile_federation(folder: Path) -> Iterator[Federation]:
             USER=data["user"], LOGNAME=data["user"], HOSTNAME=data["host"],
         )  # fmt: skip
         federation = Federation(
-            server=server, owner=owner, wire=wire, dataset=dataset, data_canaries=data
+            server=server, owner=owner, wire=wire, tls=tls, dataset=dataset, data_canaries=data
         )
         ports = ("--set", "first-port=28380")
         other = pool.submit(server.join, OTHER, dataset_uri(OTHER, 1), *ports)
-        code = replace(JoinCode.decode(server.invite(OURS)), server=f"{HERE}:{wire.port}")
+        code = federation.invite(OURS, wire)
         made.result()
         federation.start_node(stdin=code.encode() + "\n")
         other.result()
@@ -566,7 +583,7 @@ def read_secrets(federation: Federation, code: JoinCode) -> dict[str, str]:
         "join code": code.encode()[-40:],
         "join secret": code.secret.hex(),
         "node key": key[len(key) // 2],
-        "node's loopback secret": (federation.node_dir / "loopback/secret").read_text().strip(),
+        **federation.read_loopback_secret(),
         "server's loopback secret": (server / "loopback/secret").read_text().strip(),
         "CA key": (server / "tls/ca.key").read_text().splitlines()[1],
     }

@@ -69,8 +69,7 @@ STRANGE = {"strange-orders": ["train.evil", "query", "query.list_files", "train"
 @pytest.fixture(scope="module")
 def attacked(federation: Federation, operator: Operator) -> Iterator[dict[str, Any]]:
     """Reports of all attacks, by name."""
-    first = federation.run()
-    assert first["state"] == "completed", first
+    operator.prepare()
     for name, files in FOREIGN.items():
         operator.plan(name, sql=[], nodes=[], content="plain", kinds=["query", "train"], wait_s=20)
         operator.submit(name, operator.build(**prepare(name, files, operator)))
