@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -370,8 +369,3 @@ def foreign_keys() -> Iterator[tuple[str, str]]:
         yield name, key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
     small = rsa.generate_private_key(public_exponent=65537, key_size=1024).public_key()
     yield "RSA", small.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-
-
-def stamp(key: NodeKey, at: datetime) -> dict[str, str]:
-    """Headers that ``key`` signed at another time."""
-    return key.sign_headers(at)

@@ -18,11 +18,13 @@ from attack import HERE, Answer, Node, Target, build_head, foreign_keys, new_add
 from zk0bot.errors import JoinCodeError
 from zk0bot.trust.join_code import SECRET_BYTES, JoinCode
 from zk0bot.trust.keys import NodeKey, make_node_key
-from zk0bot.trust.registry import MAX_WRONG_PROOFS, EnrolRequest, build_request
+from zk0bot.trust.registry import EnrolRequest, build_request
 
 pytestmark = pytest.mark.integration
 
 REFUSED = "enrolment-refused"
+TRIES = 20
+"""Wrong secrets that lock an invite, as the documentation says."""
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_guessed_secrets_lock_the_invite(target: Target, key: NodeKey, address: 
     """From as many addresses as it takes; then the true secret is worth nothing either."""
     code = target.invite("prize")
     sources = [new_address(), new_address()]
-    for number in range(MAX_WRONG_PROOFS):
+    for number in range(TRIES):
         secret = number.to_bytes(SECRET_BYTES)
         request = build_request(replace(code, secret=secret), key, "")
         assert target.send_enrol(request, sources[number % 2]).code == "join_refused"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import socket
 import ssl
 import threading
@@ -40,6 +41,15 @@ FLOOD_S = 3.0
 def insider(running: Target, tmp_path_factory: pytest.TempPathFactory) -> Node:
     """A node that has joined and now does harm."""
     return running.enrol(tmp_path_factory.mktemp("floods"), "insider of floods")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def open_files() -> Iterator[None]:
+    """The attacker may open as many files as this account may at all."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.fixture
