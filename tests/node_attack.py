@@ -135,12 +135,14 @@ class Canaries:
     """Tokens, keys, codes: nowhere but in the files that are theirs."""
 
     def find(self, content: bytes, *, secrets_only: bool = False) -> list[str]:
-        """Names of those that ``content`` holds, plain or in hex."""
+        """Names of those that ``content`` holds, plain, wide or in hex."""
         wanted = dict(self.secrets) if secrets_only else {**self.data, **self.secrets}
         return [
             name
             for name, text in wanted.items()
-            if text.encode() in content or text.encode().hex().encode() in content
+            if text.encode() in content
+            or text.encode().hex().encode() in content
+            or text.encode("utf-16-le") in content
         ]
 
 
@@ -447,11 +449,8 @@ class Watcher:
     """Looks at what any account can see of processes, and at what only their owner can."""
 
     def __init__(self, homes: Sequence[Path]) -> None:
-        self.argvs: set[str] = set()
         self.environs: dict[str, str] = {}
         """By command line."""
-        self.peers: set[tuple[str, int]] = set()
-        """Program and port at the other end of its connections."""
         self._homes = homes
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._work)
@@ -465,19 +464,18 @@ class Watcher:
         self._thread.join()
 
     def _work(self) -> None:
-        while not self._end.wait(0.2):
+        while not self._end.wait(0.3):
             for home in self._homes:
                 for pid in list_pids(home):
-                    argv = read_argv(pid)
-                    self.argvs.add(argv)
-                    self.environs[argv] = read_environ(pid)
-                    self._look_at_connections(pid, argv)
+                    self.environs[read_argv(pid)] = read_environ(pid)
 
-    def _look_at_connections(self, pid: int, argv: str) -> None:
-        with contextlib.suppress(psutil.Error):
-            for connection in psutil.Process(pid).net_connections("inet"):
-                if connection.raddr and connection.status == psutil.CONN_ESTABLISHED:
-                    self.peers.add((argv, connection.raddr.port))
+
+def list_peers(pid: int) -> set[int]:
+    """Ports at the other ends of a process's connections."""
+    with contextlib.suppress(psutil.Error):
+        connections = psutil.Process(pid).net_connections("inet")
+        return {c.raddr.port for c in connections if c.raddr and c.status != psutil.CONN_LISTEN}
+    return set()
 
 
 def make_dataset(folder: Path, canaries: Mapping[str, str], seed: int) -> None:

@@ -38,8 +38,8 @@ class LedgerLine(Record):
     kind: str = ""
     """``query``, ``train`` or ``evaluate``; empty for what is no message, such as a bundle."""
     bytes: int = 0
-    """Of the message's objects, that passed. ``refused``: that came before it was. ``dropped``: those
-    that had left before."""
+    """Of the message's objects, that passed. ``refused``: those that came before it was.
+    ``dropped``: those that had left before."""
     tensors: dict[str, str] = Field(default_factory=dict)
     """Type and shape by name, such as ``F32[64,32]``."""
     metrics: list[str] = Field(default_factory=list)
