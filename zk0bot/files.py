@@ -58,10 +58,13 @@ def write_json(
 def read_json(path: Path) -> Any:
     """The value in ``path``.
 
-    Raises FileNotFoundError when absent, DataError naming the file when it is not JSON, nested
-    beyond measure, or larger than MAX_JSON_BYTES.
+    Raises FileNotFoundError when absent, DataError naming the file when it is no file, not JSON,
+    nested beyond measure, or larger than MAX_JSON_BYTES.
     """
-    if path.stat().st_size > MAX_JSON_BYTES:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path} is no file", hint=_HINT)
+    if status.st_size > MAX_JSON_BYTES:
         raise DataError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB", hint=_HINT)
     try:
         return json.loads(path.read_text())

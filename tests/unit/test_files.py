@@ -92,3 +92,12 @@ def test_a_socket_folder_in_tmp_that_somebody_else_made_is_refused(
             private_dir(folder)
     finally:
         folder.unlink()
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "endless.json").symlink_to("/dev/zero")
+    (tmp_path / "folder.json").mkdir()
+    os.mkfifo(tmp_path / "waits.json")
+    for name in ("endless", "folder", "waits"):
+        with pytest.raises(DataError, match="is no file"):
+            read_json(tmp_path / f"{name}.json")

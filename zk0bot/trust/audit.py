@@ -534,8 +534,8 @@ def _damage(reason: str, **details: Value) -> _Note:
     return _Note(event=DAMAGED, details={"reason": reason, **details})
 
 
-def _read(path: Path, size: int = -1) -> bytes:
-    """The content, or its first ``size`` bytes; empty when the file is not there."""
+def _read(path: Path, size: int = chain.MAX_LINE) -> bytes:
+    """The first ``size`` bytes of the content; empty when the file is not there."""
     try:
         with path.open("rb") as file:
             return file.read(size)
