@@ -185,7 +185,7 @@ class Federation:
     def command(
         self, machine: Machine, *arguments: str, stdin: str = "", **env: str
     ) -> subprocess.CompletedProcess[str]:
-        """A zk0bot command as a person types it; never with a traceback."""
+        """A zk0bot command as a person types it; never with a traceback, but in logs."""
         done = subprocess.run(
             [ZK0BOT, *arguments],
             cwd=machine.home,
@@ -196,7 +196,7 @@ class Federation:
             timeout=240,
             check=False,
         )
-        assert "Traceback" not in done.stderr + done.stdout, (arguments, done)
+        assert "logs" in arguments or "Traceback" not in done.stderr + done.stdout, done
         if machine is self.server:
             self.said.append((" ".join(arguments), f"{done.stdout}{done.stderr}".encode()))
         return done
