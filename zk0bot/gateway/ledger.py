@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from zk0bot.errors import DiskError
+from zk0bot.errors import DataError, DiskError
 from zk0bot.files import private_dir
 from zk0bot.records import Record, now
 
@@ -75,11 +75,16 @@ class Ledger:
 
 
 def read_ledger(path: Path) -> Iterator[LedgerLine]:
-    """The lines in order of time; a line that a crash cut off is skipped with a warning."""
+    """The lines in order of time; a line that a crash cut off is skipped with a warning.
+
+    Raises DataError when the file cannot be read.
+    """
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", hint="move it away") from error
     with file:
         for number, text in enumerate(file, start=1):
             try:

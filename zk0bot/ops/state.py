@@ -221,7 +221,7 @@ def list_client_slugs(paths: Paths) -> list[str]:
     if not paths.clients_dir.is_dir():
         return []
     return sorted(
-        folder.name for folder in paths.clients_dir.iterdir() if client_config(folder).is_file()
+        folder.name for folder in paths.clients_dir.iterdir() if client_config(folder).exists()
     )
 
 
