@@ -470,11 +470,11 @@ class Watcher:
                     self.environs[read_argv(pid)] = read_environ(pid)
 
 
-def list_peers(pid: int) -> set[int]:
-    """Ports at the other ends of a process's connections."""
+def list_peers(pid: int) -> set[tuple[str, int]]:
+    """Addresses and ports at the other ends of a process's connections."""
     with contextlib.suppress(psutil.Error):
-        connections = psutil.Process(pid).net_connections("inet")
-        return {c.raddr.port for c in connections if c.raddr and c.status != psutil.CONN_LISTEN}
+        found = psutil.Process(pid).net_connections("inet")
+        return {(c.raddr.ip, c.raddr.port) for c in found if c.raddr}
     return set()
 
 

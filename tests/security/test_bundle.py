@@ -159,7 +159,7 @@ def test_ledger_and_audit_log_tell_the_owner(
     for words in ("flwr-simulation", "flwr-agentapp", "evil", "bundles", "0.1.1", "has the hash"):
         assert any(words in reason for reason in reasons), (words, reasons)
     assert all(len(reason) < 500 and reason.isprintable() for reason in reasons), reasons
-    assert federation.command(federation.owner, "audit", "verify", OURS).returncode == 0
+    assert federation.command(federation.owner, "audit", "verify", "--client", OURS).returncode == 0
 
 
 def test_a_bundle_that_is_swapped_behind_its_hash_is_refused(

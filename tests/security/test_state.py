@@ -71,7 +71,7 @@ SERVER_FILES = (
 )  # fmt: skip
 NODE_COMMANDS = (
     ("status",), ("client", "list"), ("client", "status", OURS), ("client", "ledger", OURS),
-    ("client", "logs", OURS), ("audit", "verify", OURS),
+    ("client", "logs", OURS), ("audit", "verify", "--client", OURS),
 )  # fmt: skip
 SERVER_COMMANDS = (
     ("status",), ("server", "status"), ("server", "nodes"), ("server", "invites"), ("runs",),
