@@ -12,6 +12,8 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
+from zk0bot.gateway.network import Transport
+
 logger = logging.getLogger(__name__)
 
 HOP_BY_HOP = frozenset(
@@ -135,7 +137,7 @@ def build_client(base_url: str, tls: ssl.SSLContext | None = None) -> httpx.Asyn
         max_connections=256, max_keepalive_connections=128, keepalive_expiry=IDLE_S
     )
     return httpx.AsyncClient(
-        base_url=base_url, timeout=120.0, trust_env=False, limits=limits, verify=tls or True
+        base_url=base_url, timeout=120.0, trust_env=False, transport=Transport(tls, limits)
     )
 
 
