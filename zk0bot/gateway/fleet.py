@@ -82,6 +82,7 @@ class Fleet:
         self._list_gpu_pids = list_gpu_pids
         self._handover = Handover(desk)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._pulls: set[asyncio.Task[Any]] = set()
         self._handlers: dict[str, Callable[[Any], Awaitable[Message | Response]]] = {
             "activate-node": self._activate,
             "confirm-message-received": self._confirm,
@@ -112,6 +113,8 @@ class Fleet:
             return Response(status_code=403)
         try:
             result = await self._serve(operation, message)
+            if isinstance(result, PullMessagesResponse) and await request.is_disconnected():
+                self._take_back(result)
         except Unreachable:
             return Response(status_code=502)
         except DiskError as error:
@@ -125,6 +128,14 @@ class Fleet:
             return await self._handlers[operation](message)
         except BadAnswer as error:
             return self._refuse_answer(operation, message, str(error))
+
+    def _take_back(self, pulled: PullMessagesResponse) -> None:
+        """Answer the order that nobody is there to hear of: the SuperNode died while it waited."""
+        for message in pulled.messages_list:
+            order = self._desk.orders.find(message.metadata.message_id)
+            if order is not None:
+                self._desk.fail(order, "restarted")
+                self._start(self._forget(order))
 
     def end(self) -> None:
         """Let go of held pulls and what else is under way; may be called from a signal handler."""
@@ -140,6 +151,8 @@ class Fleet:
         return "" if public_pem == self._public_pem else "another key than this node's"
 
     async def _activate(self, message: Message) -> Message | Response:
+        for pull in self._pulls:
+            pull.cancel()  # of a SuperNode that is gone: it would swallow an order
         answer = await self._session.activate()
         if not answer.is_ok:
             self._link.note_trouble(f"the server answered {answer.status}")
@@ -312,6 +325,8 @@ class Fleet:
     async def _hold[T](self, work: Coroutine[Any, Any, T]) -> T:
         """What ``work`` gives; raises Unreachable when this process ends meanwhile."""
         task = self._start(work)
+        self._pulls.add(task)
+        task.add_done_callback(self._pulls.discard)
         await asyncio.wait([task])
         if task.cancelled():
             raise Unreachable("this process ends")
