@@ -154,7 +154,7 @@ def test_ledger_and_audit_log_tell_the_owner(
     told = [*federation.events("run-refused"), *federation.events("bundle-refused")]
     reasons = [str(event.details["reason"]) for event in told]
     refused = [line for line in federation.ledger() if line.event == "refused"]
-    assert len({event.details["run"] for event in told}) == len(FOREIGN) + len(TOLD)
+    assert len({event.actor for event in told}) == len(FOREIGN) + len(TOLD)
     assert len(refused) >= len(FOREIGN) * 2 + len(TOLD)
     for words in ("flwr-simulation", "flwr-agentapp", "evil", "bundles", "0.1.1", "has the hash"):
         assert any(words in reason for reason in reasons), (words, reasons)
