@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic writes, private folders, JSON checked on reading."""
 
+import fcntl
 import json
 import os
 import stat
@@ -106,6 +107,17 @@ class Flag:
         with suppress(FileNotFoundError):
             return self._path.stat().st_mtime_ns
         return 0
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time in here, for each folder; leaves no file behind. Not re-entrant."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def private_dir(path: Path) -> Path:

@@ -1,8 +1,6 @@
 """Starting and stopping the server and clients of this machine."""
 
 import contextlib
-import fcntl
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ from zk0bot.errors import (
     SessionExistsError,
     TrainerError,
 )
-from zk0bot.files import private_dir, write_json
+from zk0bot.files import locked, private_dir, write_json
 from zk0bot.ops import enrolment, record
 from zk0bot.ops.health import (
     Check,
@@ -192,13 +190,8 @@ def exclusive(root: Path) -> Iterator[None]:
 
     Locks the folder, so that no file is left; not re-entrant.
     """
-    private_dir(root)
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with locked(private_dir(root)):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def stop_services(machine: Machine) -> list[StopReport]:

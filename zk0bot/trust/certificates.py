@@ -7,15 +7,13 @@ certificate that it does not fit. ``ca.crt`` and ``server.crt`` are public copie
 them whenever they differ. To load: ``context.load_cert_chain(tls_dir / "server.key")``.
 """
 
-import fcntl
 import hashlib
 import ipaddress
 import re
 import secrets
 import shlex
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from zk0bot.errors import ConfigError
-from zk0bot.files import private_dir, write_text
+from zk0bot.files import locked, private_dir, write_text
 from zk0bot.records import Record
 from zk0bot.trust.private import make_private_dir
 
@@ -101,7 +99,7 @@ def ensure_authority(tls_dir: Path, at: datetime | None = None) -> None:
     Raises ConfigError naming ``ca.key`` when it is there and cannot be read as a CA.
     """
     make_private_dir(tls_dir)
-    with _locked(tls_dir):
+    with locked(tls_dir):  # the gateway renews while an operator rotates
         _ensure_authority(tls_dir, at or datetime.now(UTC))
 
 
@@ -112,7 +110,7 @@ def ensure_certificate(tls_dir: Path, hosts: Sequence[str], at: datetime | None 
     Needs ``ensure_authority`` before. Raises ConfigError for a host that is neither a DNS name nor
     an address.
     """
-    with _locked(tls_dir):
+    with locked(tls_dir):
         return _ensure_certificate(tls_dir, hosts, at or datetime.now(UTC))
 
 
@@ -124,7 +122,7 @@ def rotate_authority(tls_dir: Path, at: datetime | None = None) -> None:
     key is gone.
     """
     moment = at or datetime.now(UTC)
-    with _locked(tls_dir):
+    with locked(tls_dir):
         chain = _find_chain(tls_dir / SERVER_KEY)
         _save_authority(tls_dir, _succeed(_load_authority(tls_dir), moment))
         _ensure_certificate(tls_dir, _names(chain[0]) if chain else (), moment)
@@ -189,14 +187,6 @@ def list_fingerprints(pem: bytes) -> list[bytes]:
 def pick_certificate(pem: bytes, index: int) -> bytes:
     """The PEM of the certificate at ``index`` in the bundle ``pem``, alone."""
     return _pem(x509.load_pem_x509_certificates(pem)[index]).encode("ascii")
-
-
-@contextmanager
-def _locked(tls_dir: Path) -> Iterator[None]:
-    """One process at a time: the gateway renews while an operator rotates."""
-    with (tls_dir / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _ensure_authority(tls_dir: Path, at: datetime) -> None:

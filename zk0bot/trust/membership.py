@@ -6,7 +6,6 @@ next attempt with the same code is known to the server as the same node.
 """
 
 import asyncio
-import fcntl
 import ipaddress
 import json
 import shutil
@@ -22,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from zk0bot.config.paths import identity_dir
 from zk0bot.errors import ConfigError, TrustError
-from zk0bot.files import read_record, write_json, write_text
+from zk0bot.files import locked, read_record, write_json, write_text
 from zk0bot.records import Membership, Record
 from zk0bot.trust.certificates import list_fingerprints, pick_certificate
 from zk0bot.trust.join_code import JoinCode, is_address
@@ -230,8 +229,7 @@ def _recover(client_dir: Path) -> None:
     folder = _joining_dir(client_dir)
     if not (folder / MEMBERSHIP).exists():
         return
-    with folder.with_suffix(".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(client_dir):
         if (folder / MEMBERSHIP).exists():  # no other process was faster
             shutil.rmtree(identity_dir(client_dir), ignore_errors=True)
             folder.rename(identity_dir(client_dir))

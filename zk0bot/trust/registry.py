@@ -5,7 +5,6 @@ step by which it joins: after a crash at any point the invite and the node agree
 """
 
 import base64
-import fcntl
 import hashlib
 import hmac
 import json
@@ -14,8 +13,7 @@ import re
 import secrets
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,7 +22,7 @@ from typing import Annotated, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
 from zk0bot.errors import ConfigError, DataError, KeyRefusedError, UnknownNameError
-from zk0bot.files import Flag, read_record, write_json
+from zk0bot.files import Flag, locked, read_record, write_json
 from zk0bot.records import Record
 from zk0bot.records import now as utc_now
 from zk0bot.trust.join_code import SECRET_BYTES, JoinCode
@@ -182,7 +180,7 @@ class Registry:
             expires_at=created + timedelta(seconds=expires_s),
             key=_hmac_key(secret).hex(),
         )
-        with self._locked():
+        with locked(self._folder):
             self._refuse_taken_invitation(stored.name)
             self._save_invite(stored)
         return _to_invite(stored, ()), secret
@@ -196,7 +194,7 @@ class Registry:
 
     def withdraw(self, invite_id: str) -> Invite:
         """Make an invite worthless; nodes that came by it stay. UnknownNameError without it."""
-        with self._locked():
+        with locked(self._folder):
             stored = self._find_invite(invite_id)
             if stored is None:
                 known = [invite.invite_id for invite in self.invites()]
@@ -211,7 +209,7 @@ class Registry:
         have been lost. Raises one of ``refusal.py``, or KeyRefusedError for a signature that does
         not fit. Blocks on the disk: some milliseconds.
         """
-        with self._locked():
+        with locked(self._folder):
             stored = self._prove(request)
             public_pem = _verify(request)
             _refuse_clock(request.at, now)
@@ -226,7 +224,7 @@ class Registry:
 
         Raises NameTakenError, KeyKnownError, KeyRefusedError.
         """
-        with self._locked():
+        with locked(self._folder):
             found = self._find_node(public_pem)
             if found is None:
                 return self._add(name, public_pem, invite_id="", now=utc_now())
@@ -275,7 +273,7 @@ class Registry:
 
         ``text`` as for ``get``: else a code with uses left would let the same owner in again.
         """
-        with self._locked():
+        with locked(self._folder):
             node = self._end(self.get(text), "revoked")
             stored = self._find_invite(node.invite_id)
             if stored is not None and stored.withdrawn_at is None:
@@ -284,7 +282,7 @@ class Registry:
 
     def leave(self, fingerprint: str) -> NodeRecord:
         """A node's own end; UnknownNameError when no active node has this fingerprint."""
-        with self._locked():
+        with locked(self._folder):
             return self._end(self.get(fingerprint), "left")
 
     def _prove(self, request: EnrolRequest) -> _StoredInvite:
@@ -397,12 +395,6 @@ class Registry:
         active = {n.public_key.encode(): n for n in self.nodes() if n.state == "active"}
         self._known = _Known(folder_ns=folder_ns, read_ns=read_ns, active=active)
         return self._known
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with (self._folder / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
 
 def build_request(
