@@ -219,11 +219,11 @@ def build_app(node: Node, client: httpx.AsyncClient, tls: ssl.SSLContext | None)
     sender = Sender(session, desk.outbox, on_dropped=desk.drop)
     keeper = Keeper(node, link=link, session=session, upstream=upstream, brakes=brakes, desk=desk)
     work = (keeper.run(refusals), sender.run(), _keep_authority(folder, tls))
-    return _assemble(fleet, work, upstream)
+    return _assemble(fleet, work, session, upstream)
 
 
 def _assemble(
-    fleet: Fleet, work: Sequence[Coroutine[Any, Any, None]], upstream: Upstream
+    fleet: Fleet, work: Sequence[Coroutine[Any, Any, None]], session: Session, upstream: Upstream
 ) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -235,6 +235,7 @@ def _assemble(
             task.cancel()
         fleet.end()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await session.end()
         await upstream.close()
 
     route = Route("/v1/fleet/{operation}", fleet.answer, methods=["POST"])

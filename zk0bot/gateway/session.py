@@ -16,6 +16,9 @@ from zk0bot.gateway.upstream import Answer, Unreachable, Upstream
 
 logger = logging.getLogger(__name__)
 
+GOODBYE_S = 2.0
+"""Longest that an end waits for a server which does not answer."""
+
 
 class TurnedAway(Unreachable):
     """The server does not take this node any more."""
@@ -90,12 +93,21 @@ class Session:
         """Leave the server alone from now on."""
         self.resting = why
         self._link.note(node_id="", error=why, is_resting=True)
-        if self.node_id:
-            request = DeactivateNodeRequest(node_id=self.node_id)
-            try:
+        await self._say_goodbye()
+
+    async def end(self) -> None:
+        """Tell the server that this node stops; a run that begins next does not wait for it."""
+        if not self.resting:
+            await self._say_goodbye()
+
+    async def _say_goodbye(self) -> None:
+        """Leave at once; a server that is not reached notices by the missing heartbeat."""
+        if not self.node_id:
+            return
+        request = DeactivateNodeRequest(node_id=self.node_id)
+        with suppress(Unreachable, TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
                 await self._upstream.call("deactivate-node", request)
-            except Unreachable:
-                return  # it notices by the missing heartbeat
 
     async def resume(self) -> None:
         """Be there again. Raises as ``ask``."""

@@ -857,6 +857,18 @@ def test_an_order_beyond_the_days_bytes_is_cut_off_and_ends_the_day(
         until(lambda: link(tmp_path).is_resting, "rest")
 
 
+def test_a_node_that_is_stopped_says_so(open_hop: Open, superlink: FakeSuperLink) -> None:
+    with open_hop():
+        pass
+    assert "deactivate-node" not in superlink.calls, "it was never there"
+    with open_hop() as supernode:
+        supernode.post("activate-node", ActivateNodeRequest())
+    assert superlink.calls[-1] == "deactivate-node" and not superlink.is_node_online
+    superlink.statuses["deactivate-node"] = Response(status_code=502)
+    with open_hop() as supernode:
+        supernode.post("activate-node", ActivateNodeRequest())
+
+
 def test_outside_its_hours_a_node_leaves_the_server_alone(
     open_hop: Open, superlink: FakeSuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
