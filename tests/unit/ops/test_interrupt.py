@@ -3,15 +3,24 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from zk0bot.ops.interrupt import SIGNALS, interruptible, undisturbed
 
 
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """The handlers of pytest's own process, put back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
-def test_only_the_first_signal_interrupts(number: signal.Signals) -> None:
-    before = [signal.getsignal(other) for other in SIGNALS]
+def test_only_the_first_signal_interrupts_to_the_end(number: signal.Signals) -> None:
     finished = False
     with interruptible(), pytest.raises(KeyboardInterrupt):
         try:
@@ -21,7 +30,14 @@ def test_only_the_first_signal_interrupts(number: signal.Signals) -> None:
             os.kill(os.getpid(), signal.SIGINT)
             finished = True
     assert finished
-    assert [signal.getsignal(other) for other in SIGNALS] == before
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_without_a_signal_all_is_as_before() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with interruptible():
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_nohup_stays_in_force() -> None:
