@@ -13,8 +13,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def interruptible() -> Iterator[None]:
     """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does; only the first of them counts.
 
-    What the first one unwinds is not disturbed by a second, to the end of the process. A SIGHUP that
-    nohup switched off stays so. For the main thread.
+    What the first one unwinds is not disturbed by a second, to the end of the process. A SIGHUP
+    that nohup switched off stays so. For the main thread.
     """
     is_hangup_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     numbers = SIGNALS[:2] if is_hangup_ignored else SIGNALS
