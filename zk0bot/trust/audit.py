@@ -262,8 +262,8 @@ class AuditLog:
 class RefusalLog:
     """Writes refusals so that whoever is refused again and again cannot fill the disk.
 
-    The first refusal of a (peer, reason) is an event at once; its repeats are counted and become
-    one event at the end of the window. At most ``max_pairs`` pairs are told apart in a window, the
+    The first refusal of a (peer, reason, node) is an event at once; its repeats are counted and
+    become one event at the end of the window. At most ``max_pairs`` pairs are told apart in a window, the
     others are counted together: at most 2 * max_pairs + 1 lines. While refusals go on, each
     window is twice as long as the last, up to ``max_window_s``; a window without any ends that.
 
@@ -289,15 +289,15 @@ class RefusalLog:
         self._clock = clock
         self._lock = threading.Lock()
         self._opened_at = clock()
-        self._repeats: dict[tuple[str, str], int] = {}
+        self._repeats: dict[tuple[str, str, str], int] = {}
         self._others = 0
 
     def refuse(self, peer: str, reason: str, **details: Value) -> None:
-        """Note a refusal. ``details`` go with the first one only.
+        """Note a refusal. ``details`` go with the first one only, but for ``node``: whose it was.
 
         A disk that is full is logged, not raised: the refusal stands.
         """
-        pair = (peer[:100], reason[:200])
+        pair = (peer[:100], reason[:200], str(details.pop("node", ""))[:100])
         with self._lock:
             self._flush_if_due()
             if pair in self._repeats:
@@ -330,16 +330,17 @@ class RefusalLog:
 
     def _flush(self) -> None:
         """Write what was counted; a pair that goes on stays known, so that it is only counted."""
-        left: dict[tuple[str, str], int] = {}
-        for (peer, reason), count in self._repeats.items():
+        left: dict[tuple[str, str, str], int] = {}
+        for pair, count in self._repeats.items():
             if count:
-                left[peer, reason] = 0 if self._note(peer, reason, repeats=count) else count
+                left[pair] = 0 if self._note(*pair, repeats=count) else count
         self._repeats = left
         if self._others and self._note("others", "many peers or reasons", repeats=self._others):
             self._others = 0
 
-    def _note(self, peer: str, reason: str, /, **details: Value) -> bool:
-        return self._log.note(self._event, peer, **{"reason": reason, **details})
+    def _note(self, peer: str, reason: str, node: str = "", /, **details: Value) -> bool:
+        whose = {"node": node} if node else {}
+        return self._log.note(self._event, peer, **{"reason": reason, **whose, **details})
 
 
 def verify(folder: Path, expected: Mark | None = None) -> AuditReport:
