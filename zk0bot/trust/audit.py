@@ -263,9 +263,9 @@ class RefusalLog:
     """Writes refusals so that whoever is refused again and again cannot fill the disk.
 
     The first refusal of a (peer, reason, node) is an event at once; its repeats are counted and
-    become one event at the end of the window. At most ``max_pairs`` pairs are told apart in a window, the
-    others are counted together: at most 2 * max_pairs + 1 lines. While refusals go on, each
-    window is twice as long as the last, up to ``max_window_s``; a window without any ends that.
+    become one event at the end of the window. At most ``max_pairs`` of them are told apart in a
+    window, the others are counted together: at most 2 * max_pairs + 1 lines. While refusals go on,
+    each window is twice as long as the last, up to ``max_window_s``; one without any ends that.
 
     A count that was not yet written is lost when the process is killed. Thread-safe. ``clock``
     gives seconds.
