@@ -187,10 +187,13 @@ def _option(process: ProcessSpec, name: str) -> str:
 
 
 class NoHost:
-    """Sessions that never start, for what must not need any."""
+    """Sessions that never start; ``open_sessions`` were there before."""
+
+    def __init__(self, *open_sessions: str) -> None:
+        self.open_sessions = list(open_sessions)
 
     def sessions(self) -> list[str]:
-        return []
+        return self.open_sessions
 
     def panes(self, session: str) -> list[Pane]:
         return []

@@ -4,6 +4,7 @@ JSON keys are these field names: a promise to scripts.
 """
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,6 +13,8 @@ RunState = Literal[
     "waiting", "running", "degraded", "recovering", "completed", "completed-with-warnings",
     "failed", "stopped",
 ]  # fmt: skip
+CHECKPOINT = "checkpoint_round_"
+"""Before the round in the name of a checkpoint's folder."""
 FINAL_STATES: frozenset[RunState] = frozenset(
     {"completed", "completed-with-warnings", "failed", "stopped"}
 )
@@ -118,6 +121,12 @@ class RunRecord(Record):
     @property
     def is_final(self) -> bool:
         return self.state in FINAL_STATES
+
+
+def round_of(checkpoint: str) -> int:
+    """The round of a checkpoint by its folder's name; 0 for another name."""
+    number = Path(checkpoint).name.removeprefix(CHECKPOINT)
+    return int(number) if number.isdecimal() else 0
 
 
 class FlowerRuns(Record):

@@ -12,8 +12,8 @@ from zk0bot.cli.show import Show
 from zk0bot.config.experiment import ExperimentList, list_experiments, load_experiment
 from zk0bot.config.paths import Paths
 from zk0bot.errors import ConfigError
-from zk0bot.ops.bench import compare_root
-from zk0bot.ops.compare import CompareOptions, compare, read_comparison
+from zk0bot.ops.bench import BenchOptions, compare_root
+from zk0bot.ops.compare import compare, read_comparison
 from zk0bot.ops.compare_plan import default_output
 from zk0bot.ops.host import TmuxHost
 from zk0bot.ops.machine import Machine
@@ -54,7 +54,7 @@ def compare_command(
     if read:
         result = read_comparison(machine, loaded, folder)
     else:
-        options = CompareOptions(output=folder, again=again, is_agreed=yes)
+        options = BenchOptions(output=folder, again=again, is_agreed=yes)
         with DemoView(show) as view:
             result = compare(machine, loaded, options, view)
     show.result(result)

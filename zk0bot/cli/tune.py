@@ -10,7 +10,8 @@ from zk0bot.cli.demo_view import DemoView
 from zk0bot.cli.option import JsonFlag, build_command, get_show
 from zk0bot.config.space import SpaceList, list_spaces, load_space
 from zk0bot.errors import ConfigError
-from zk0bot.ops.tune import TuneOptions, read_tuning, tune
+from zk0bot.ops.bench import BenchOptions
+from zk0bot.ops.tune import read_tuning, tune
 from zk0bot.ops.tune_plan import default_output
 
 app = build_command()
@@ -48,7 +49,7 @@ def tune_command(
     if read:
         result = read_tuning(machine, loaded, folder)
     else:
-        options = TuneOptions(output=folder, again=again, is_agreed=yes)
+        options = BenchOptions(output=folder, again=again, is_agreed=yes)
         with DemoView(show) as view:
             result = tune(machine, loaded, options, view)
     show.result(result)

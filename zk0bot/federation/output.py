@@ -11,13 +11,11 @@ from zk0bot.config.models import RunConfig
 from zk0bot.federation.member import slug_of
 from zk0bot.federation.view import AcceptedUpdate, View
 from zk0bot.files import write_json
-from zk0bot.records import now
+from zk0bot.records import CHECKPOINT, now, round_of
 from zk0bot.report.chart import draw_policy_loss, draw_round_metrics
 from zk0bot.report.history import RoundMetrics, to_policy_loss_history
 from zk0bot.report.interval import build_rate
 from zk0bot.training.protocol import SectorResult
-
-CHECKPOINT = "checkpoint_round_"
 
 
 @dataclass
@@ -86,7 +84,7 @@ class OutputTree:
     def find_last(self) -> int:
         """The newest round that has a checkpoint; 0: none."""
         names = [path.name for path in (self.root / "models").glob(f"{CHECKPOINT}*")]
-        return max(map(_round_of, names), default=0)
+        return max(map(round_of, names), default=0)
 
     def name_checkpoint(self, name: str, round_: int) -> None:
         """Let ``models/<name>`` lead to the checkpoint of a round, in one step."""
@@ -101,16 +99,10 @@ class OutputTree:
         link = self.root / "models" / name
         if not link.is_symlink():
             return 0
-        return _round_of(link.readlink().name)
+        return round_of(link.readlink().name)
 
     def video_dir(self, round_: int) -> Path:
         return self.root / "evaluate" / f"round_{round_}"
-
-
-def _round_of(checkpoint: str) -> int:
-    """The round of a checkpoint by its folder's name; 0 for another name."""
-    number = checkpoint.removeprefix(CHECKPOINT)
-    return int(number) if number.isdecimal() else 0
 
 
 def _client_entry(round_: int, update: AcceptedUpdate) -> dict[str, Any]:

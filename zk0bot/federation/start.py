@@ -3,14 +3,13 @@
 import contextlib
 import logging
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from zk0bot.config.paths import Paths
 from zk0bot.errors import DataError, RunError
 from zk0bot.federation.codec import Shapes, TensorMap, Tensors, shapes_of
 from zk0bot.federation.run_state import Saved, StateStore
 from zk0bot.files import read_record
-from zk0bot.records import RunRecord
+from zk0bot.records import RunRecord, round_of
 from zk0bot.training.adapters.residual import NO_CHAIN
 
 logger = logging.getLogger(__name__)
@@ -67,7 +66,5 @@ def find_start(paths: Paths, run_id: str, base_hash: str, shapes: Shapes) -> Sta
 def _find_best(paths: Paths, run_id: str) -> int | None:
     """The round whose checkpoint is the best; None while none is."""
     with contextlib.suppress(FileNotFoundError, DataError):
-        checkpoint = read_record(paths.run_record(run_id), RunRecord).best_checkpoint
-        number = Path(checkpoint).name.rpartition("_")[2]
-        return int(number) if number.isdecimal() else None
+        return round_of(read_record(paths.run_record(run_id), RunRecord).best_checkpoint) or None
     return None

@@ -45,6 +45,17 @@ from zk0bot.report.history import load_policy_losses
 CELLS = "cells"
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What the person who starts a comparison or tuning may choose."""
+
+    output: Path
+    again: bool = False
+    """Do cells anew that failed."""
+    is_agreed: bool = False
+    """Start hours of work."""
+
+
 def do_cells(
     machine: Machine, experiment: Experiment, left: Sequence[CellSpec], folder: Path, view: View
 ) -> None:

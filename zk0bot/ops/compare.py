@@ -3,12 +3,11 @@
 Each finished cell is a file, so that a comparison that was killed goes on where it was.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from zk0bot.config.experiment import Experiment
 from zk0bot.files import write_json, write_text
-from zk0bot.ops.bench import CELLS, alone, do_cells, draw, look_at_machine
+from zk0bot.ops.bench import CELLS, BenchOptions, alone, do_cells, draw, look_at_machine
 from zk0bot.ops.compare_plan import choose_left, estimate, list_cells, refuse_what_does_not_fit
 from zk0bot.ops.demo import View, refuse_unwritable
 from zk0bot.ops.machine import Machine
@@ -26,19 +25,8 @@ MOST_HOURS = 1.0
 """Longer work starts only with the operator's word."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompareOptions:
-    """What the person who starts a comparison may choose."""
-
-    output: Path
-    again: bool = False
-    """Do cells anew that failed."""
-    is_agreed: bool = False
-    """Start an experiment of hours."""
-
-
 def compare(
-    machine: Machine, experiment: Experiment, options: CompareOptions, view: View
+    machine: Machine, experiment: Experiment, options: BenchOptions, view: View
 ) -> Comparison:
     """Do the cells that are left, and write the tables of all of them.
 

@@ -25,6 +25,7 @@ from zk0bot.records import (
     SessionPhase,
     SessionsState,
     now,
+    round_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -213,20 +214,20 @@ def publish(paths: Paths, run: RunRecord) -> None:
 
 
 def _describe(run: RunRecord, checkpoint: str) -> Published:
-    number = Path(checkpoint).name.rpartition("_")[2]
+    round_ = round_of(checkpoint)
     return Published(
         run_id=run.run_id,
-        round=int(number) if number.isdecimal() else run.rounds_done,
-        loss=_find_loss(run, number),
+        round=round_ or run.rounds_done,
+        loss=_find_loss(run, round_) if round_ else None,
         checkpoint=checkpoint,
     )
 
 
-def _find_loss(run: RunRecord, number: str) -> float | None:
+def _find_loss(run: RunRecord, round_: int) -> float | None:
     """Held-out loss after a round, from the run's results."""
     with contextlib.suppress(FileNotFoundError, DataError):
         history = read_json(Path(run.output_dir) / "server" / "policy_loss_history.json")
-        if isinstance(history, dict) and isinstance(entry := history.get(number), dict):
+        if isinstance(history, dict) and isinstance(entry := history.get(str(round_)), dict):
             loss = entry.get("server_policy_loss")
             return loss if isinstance(loss, float) else None
     return None

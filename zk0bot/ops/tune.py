@@ -10,7 +10,15 @@ from pathlib import Path
 from zk0bot.config.experiment import Experiment
 from zk0bot.config.space import DEFAULT, Space
 from zk0bot.files import write_json, write_text
-from zk0bot.ops.bench import CELLS, alone, describe_time, do_cells, draw, look_at_machine
+from zk0bot.ops.bench import (
+    CELLS,
+    BenchOptions,
+    alone,
+    describe_time,
+    do_cells,
+    draw,
+    look_at_machine,
+)
 from zk0bot.ops.compare import MOST_HOURS
 from zk0bot.ops.compare_plan import choose_left, list_cells, refuse_what_does_not_fit
 from zk0bot.ops.demo import View, refuse_unwritable
@@ -30,18 +38,7 @@ from zk0bot.report.tuning import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TuneOptions:
-    """What the person who starts tuning may choose."""
-
-    output: Path
-    again: bool = False
-    """Do cells anew that failed."""
-    is_agreed: bool = False
-    """Start hours of work."""
-
-
-def tune(machine: Machine, space: Space, options: TuneOptions, view: View) -> Tuning:
+def tune(machine: Machine, space: Space, options: BenchOptions, view: View) -> Tuning:
     """Do the trials that are left, then hold the best against the default; write the tables.
 
     Raises ConfigError for what does not fit this machine, SessionExistsError while a comparison or
@@ -97,7 +94,7 @@ class _Desk:
     """Cells of experiments, done or loaded."""
 
     machine: Machine
-    options: TuneOptions
+    options: BenchOptions
     view: View
 
     def load(self, experiment: Experiment) -> Mapping[str, Cell]:

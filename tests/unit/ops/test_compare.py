@@ -6,8 +6,8 @@ from fake_host import Watcher, build_hostless_machine
 from zk0bot.config.experiment import Experiment, load_experiment
 from zk0bot.errors import SessionExistsError
 from zk0bot.files import private_dir, try_locked
-from zk0bot.ops.bench import describe_cell, describe_time
-from zk0bot.ops.compare import CompareOptions, compare
+from zk0bot.ops.bench import BenchOptions, describe_cell, describe_time
+from zk0bot.ops.compare import compare
 from zk0bot.ops.compare_plan import list_cells
 from zk0bot.ops.machine import Machine
 from zk0bot.ops.process import find_started
@@ -45,7 +45,7 @@ def test_a_federation_that_does_not_start_fails_its_cells_and_leaves_nothing(
     save_cell(output / "cells", before)
     watcher = Watcher()
 
-    result = compare(machine, experiment, CompareOptions(output=output), watcher)
+    result = compare(machine, experiment, BenchOptions(output=output), watcher)
 
     assert [(m.row, m.reason) for m in result.missing] == [
         ("fedavgm", "its federation does not work: tmux has gone fishing")
@@ -65,9 +65,9 @@ def test_what_failed_is_left_alone_unless_asked_for_again(
         save_cell(output / "cells", Cell(spec=spec, state="failed", reason="no quorum"))
     watcher = Watcher()
 
-    result = compare(machine, experiment, CompareOptions(output=output), watcher)
+    result = compare(machine, experiment, BenchOptions(output=output), watcher)
     assert (watcher.lines, len(result.missing)) == ([], 2)
-    result = compare(machine, experiment, CompareOptions(output=output, again=True), watcher)
+    result = compare(machine, experiment, BenchOptions(output=output, again=True), watcher)
     assert {m.reason for m in result.missing} == {
         "its federation does not work: tmux has gone fishing"
     }
@@ -77,7 +77,7 @@ def test_a_second_comparison_is_refused_and_disturbs_nothing(
     machine: Machine, experiment: Experiment, tmp_path: Path
 ) -> None:
     private_dir(machine.paths.root)
-    options = CompareOptions(output=tmp_path / "out")
+    options = BenchOptions(output=tmp_path / "out")
     with (
         try_locked(machine.paths.root / "compare.lock"),
         pytest.raises(SessionExistsError, match="a comparison or tuning runs already"),

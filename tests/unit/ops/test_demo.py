@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fake_host import FakeHost
+from fake_host import FakeHost, NoHost
 
 from zk0bot.config.paths import Paths
 from zk0bot.errors import ConfigError, ServiceError, SessionExistsError
@@ -24,35 +24,10 @@ from zk0bot.ops.demo import (
 from zk0bot.ops.demo_plan import DemoOptions
 from zk0bot.ops.host import Pane
 from zk0bot.ops.machine import Machine
-from zk0bot.ops.specs import ProcessSpec, SessionSpec, Surroundings, helper_process
+from zk0bot.ops.specs import ProcessSpec, Surroundings, helper_process
 from zk0bot.records import RunRecord, Verdict
 from zk0bot.report.comparison import PolicyScore
 from zk0bot.report.demo import SectorCount
-
-
-class NoHost:
-    """Sessions that never start; ``open_sessions`` were there before."""
-
-    def __init__(self, *open_sessions: str) -> None:
-        self.open_sessions = list(open_sessions)
-
-    def sessions(self) -> list[str]:
-        return self.open_sessions
-
-    def panes(self, session: str) -> list[Pane]:
-        return []
-
-    def start(self, session: SessionSpec, processes: Sequence[ProcessSpec]) -> None:
-        raise ServiceError("tmux has gone fishing")
-
-    def restart(self, session: str, process: ProcessSpec) -> None:
-        raise AssertionError("nothing to restart")
-
-    def end(self, session: str) -> None:
-        pass
-
-    def attach_command(self, session: str) -> list[str]:
-        return ["tmux", "attach"]
 
 
 class Silent:

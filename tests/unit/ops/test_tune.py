@@ -12,11 +12,12 @@ from zk0bot.config.load import Sources, load_run
 from zk0bot.config.space import DEFAULT, Space, load_space
 from zk0bot.errors import ConfigError, SessionExistsError
 from zk0bot.files import private_dir, try_locked
+from zk0bot.ops.bench import BenchOptions
 from zk0bot.ops.compare_plan import list_cells
 from zk0bot.ops.machine import Machine
 from zk0bot.ops.process import find_started
 from zk0bot.ops.specs import helpers_dir
-from zk0bot.ops.tune import TuneOptions, read_tuning, tune
+from zk0bot.ops.tune import read_tuning, tune
 from zk0bot.ops.tune_plan import build_final, build_rung, plan_rungs
 from zk0bot.report.cell import Cell, save_cell
 
@@ -58,7 +59,7 @@ def test_what_a_rung_has_chosen_is_tried_again_on_other_scenes(
     output, watcher = tmp_path / "out", Watcher()
     done = save(output, first_rung(space), {DEFAULT: 0.3, "trial-01": 0.4, CHOSEN: 0.2})
 
-    result = tune(machine, space, TuneOptions(output=output), watcher)
+    result = tune(machine, space, BenchOptions(output=output), watcher)
 
     assert (result.winner, result.verdict, result.is_complete) == (CHOSEN, "unfinished", False)
     assert {(m.row, m.seed) for m in result.missing} == {
@@ -77,7 +78,7 @@ def test_a_rung_that_was_interrupted_is_finished_first(
     output, watcher = tmp_path / "out", Watcher()
     save(output, first_rung(space), {DEFAULT: 0.3, CHOSEN: 0.2})
 
-    result = tune(machine, space, TuneOptions(output=output), watcher)
+    result = tune(machine, space, BenchOptions(output=output), watcher)
 
     assert "1 of 3 cells to do" in watcher.lines[2]
     assert result.winner == CHOSEN, "the trial that did not start goes no further"
@@ -92,10 +93,10 @@ def test_what_failed_is_left_alone_unless_asked_for_again(
     for spec in list_cells(first_rung(space)):
         save_cell(output / "cells", Cell(spec=spec, state="failed", reason="no quorum"))
 
-    result = tune(machine, space, TuneOptions(output=output), Watcher())
+    result = tune(machine, space, BenchOptions(output=output), Watcher())
     assert {m.reason for m in result.missing} == {"no quorum"}
     assert result.sentences[0] == "The default itself has failed: without it nothing can be judged."
-    result = tune(machine, space, TuneOptions(output=output, again=True), Watcher())
+    result = tune(machine, space, BenchOptions(output=output, again=True), Watcher())
     assert all("tmux has gone fishing" in m.reason for m in result.missing)
 
 
@@ -106,7 +107,7 @@ def test_a_finished_tuning_starts_nothing_and_says_what_to_copy(
     save(output, first_rung(space), {DEFAULT: 0.3, "trial-01": 0.4, CHOSEN: 0.2})
     save(output, build_final(space, CHOSEN), {DEFAULT: 0.31, CHOSEN: 0.25})
 
-    result = tune(machine, space, TuneOptions(output=output), watcher)
+    result = tune(machine, space, BenchOptions(output=output), watcher)
 
     assert watcher.lines == []
     assert (result.verdict, result.settings) == ("better", {"initial-lr": 0.002})
@@ -130,7 +131,7 @@ def test_settings_of_an_earlier_winner_do_not_stay(
 
 def test_hours_of_work_are_refused_before_anything_starts(machine: Machine, tmp_path: Path) -> None:
     watcher = Watcher()
-    options = TuneOptions(output=tmp_path / "out")
+    options = BenchOptions(output=tmp_path / "out")
     with pytest.raises(ConfigError, match="the experiment takes about"):
         tune(machine, load_space("server", seeds="0-40"), options, watcher)
     assert watcher.lines == []
@@ -146,4 +147,4 @@ def test_tuning_and_comparisons_do_not_disturb_each_other(
         try_locked(machine.paths.root / "compare.lock"),
         pytest.raises(SessionExistsError, match="a comparison or tuning runs already"),
     ):
-        tune(machine, space, TuneOptions(output=tmp_path / "out"), Watcher())
+        tune(machine, space, BenchOptions(output=tmp_path / "out"), Watcher())
