@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 
 from zk0bot.config.models import RunConfig
+from zk0bot.config.spelling import kebab
 
 
 def find_idle(config: RunConfig, given: Collection[str]) -> Iterator[str]:
@@ -11,7 +12,7 @@ def find_idle(config: RunConfig, given: Collection[str]) -> Iterator[str]:
     for fields, switch, is_on in _switches(config):
         for name in fields:
             if name in given and not is_on:
-                yield f"{_kebab(name)} has no effect without {switch}"
+                yield f"{kebab(name)} has no effect without {switch}"
     yield from _find_unreachable(config)
 
 
@@ -61,7 +62,3 @@ def _find_unreachable(config: RunConfig) -> Iterator[str]:
             f"high-loss-multiplier = {least:g}: no loss is that many times the mean with "
             f"{least:g} clients or fewer"
         )
-
-
-def _kebab(field: str) -> str:
-    return field.replace("_t_", "_T_").replace("_", "-")

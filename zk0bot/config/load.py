@@ -29,6 +29,7 @@ from zk0bot.config.models import (
     Settings,
 )
 from zk0bot.config.paths import Paths, configs_dir
+from zk0bot.config.spelling import kebab, snake
 from zk0bot.config.uri import parse_dataset_uri
 from zk0bot.errors import ConfigError, UnknownNameError
 
@@ -272,14 +273,14 @@ def _policy_pairs(sources: Sources) -> tuple[str, ...]:
 
 def _check_keys(values: Mapping[str, Any], known: set[str], where: str) -> dict[str, Any]:
     """``values`` with keys in snake_case; raises for one that is not known."""
-    given = {_snake(key): value for key, value in values.items()}
+    given = {snake(key): value for key, value in values.items()}
     _refuse_unsupported(given, where)
     checked: dict[str, Any] = {}
     for name, value in given.items():
         if name.startswith("policy.") or name in NOT_SUPPORTED_YET:
             continue
         if name not in known:
-            raise UnknownNameError.of("setting", _kebab(name), map(_kebab, known))
+            raise UnknownNameError.of("setting", kebab(name), map(kebab, known))
         checked[name] = value
     return checked
 
@@ -288,7 +289,7 @@ def _refuse_unsupported(values: Mapping[str, Any], where: str) -> None:
     """Raises ConfigError naming every key of zk0 that is set, not off, and would do nothing."""
     refused = sorted(NOT_SUPPORTED_YET & set(values) - set(_find_off(values)))
     if refused:
-        names = ", ".join(repr(_kebab(name)) for name in refused)
+        names = ", ".join(repr(kebab(name)) for name in refused)
         plural = ("s", "are", "them; they") if len(refused) > 1 else ("", "is", "it; it")
         raise ConfigError(
             f"setting{plural[0]} {names} {where} {plural[1]} not supported yet",
@@ -308,8 +309,8 @@ def _is_off(value: Any) -> bool:
 def _off_notices(sources: Sources) -> Iterable[str]:
     pairs = dict(_split_pair(pair) for pair in sources.pairs)
     for values in (_read_table(sources.file, "run"), pairs):
-        for name in _find_off({_snake(key): value for key, value in values.items()}):
-            yield f"{_kebab(name)} has no effect: zk0bot has no such feature yet"
+        for name in _find_off({snake(key): value for key, value in values.items()}):
+            yield f"{kebab(name)} has no effect: zk0bot has no such feature yet"
 
 
 def _from_environment(env: Mapping[str, str], kind: type[Settings]) -> dict[str, Any]:
@@ -451,18 +452,10 @@ def _find_near(item: Any) -> str | None:
 
 def _explain(item: Any) -> str:
     """One line of a pydantic error: the key, what is wrong, the value."""
-    key = ".".join(_kebab(str(part)) for part in item["loc"])
+    key = ".".join(kebab(str(part)) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":  # a contradiction: the message names the values
         return ": ".join(filter(None, (key, message)))
     if item["type"] == "extra_forbidden":
         return f"unknown setting {key!r}"
     return f"{key}: {message[0].lower()}{message[1:]}, got {json.dumps(item['input'], default=str)}"
-
-
-def _snake(key: str) -> str:
-    return key.replace("-", "_").lower()
-
-
-def _kebab(key: str) -> str:
-    return key.replace("_", "-")

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zk0bot.config.coding import CodecName, Coding, LayerName
 from zk0bot.config.rules import Rule, RuleName
+from zk0bot.config.spelling import kebab
 from zk0bot.config.strategies import STRATEGIES, StrategyName, readers_of
 
 Statistics = Literal["pooled", "local"]
@@ -317,7 +318,7 @@ class RunConfig(Settings):
             is_set = getattr(self, setting) != type(self).model_fields[setting].default
             if is_set and self.strategy not in readers:
                 raise ValueError(
-                    f"{setting.replace('_', '-')} has an effect with strategy="
+                    f"{kebab(setting)} has an effect with strategy="
                     f"{' or '.join(readers)} only: leave it out"
                 )
         return self

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from zk0bot.config.load import Sources, load_run
 from zk0bot.config.models import PolicyConfig, RunConfig
+from zk0bot.config.spelling import kebab, snake
 from zk0bot.errors import ConfigError, UnknownNameError
 
 _OURS = {
@@ -115,9 +116,4 @@ def to_text(value: Any) -> str:
 
 def snake_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """Keys as fields are named."""
-    return {key.replace("-", "_").lower(): value for key, value in values.items()}
-
-
-def kebab(key: str) -> str:
-    """A field's name as files have it."""
-    return key.replace("_", "-")
+    return {snake(key): value for key, value in values.items()}

@@ -17,12 +17,12 @@ from zk0bot.config.run_table import (
     check_run,
     explain,
     find_shipped,
-    kebab,
     read_toml,
     refuse_unknown,
     to_text,
 )
 from zk0bot.config.search import Point, Range, Values, Way, choose_way, draw_points
+from zk0bot.config.spelling import kebab
 from zk0bot.errors import ConfigError
 
 Objective = Literal["loss", "success"]
@@ -216,7 +216,7 @@ def _refuse_trials(space: Space) -> None:
     for name in space.space:
         lines = [set(find_idle(trial.run, [name])) for trial in space.candidates.values()]
         everywhere = set.intersection(*lines)
-        idle = [line for line in everywhere if line.lower().startswith(f"{kebab(name)} ")]
+        idle = [line for line in everywhere if line.startswith(f"{kebab(name)} ")]
         if idle:
             raise ConfigError(idle[0], hint="set that in [run], or take it out of [space]")
 

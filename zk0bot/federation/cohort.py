@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from flwr.app import RecordDict
 
 from zk0bot.config.models import RunConfig
+from zk0bot.config.spelling import kebab
 from zk0bot.errors import UpdateError
 from zk0bot.federation.leaks import LeakCheck
 from zk0bot.federation.member import Member
@@ -184,7 +185,7 @@ class Cohort:
             return f"runs zk0bot {description.zk0bot_version}, the server {__version__}"
         for name in ("codec", "codec_down"):
             if (codec := getattr(self.config, name)) not in description.codecs:
-                key = name.replace("_", "-")
+                key = kebab(name)
                 return f"does not know {key}={codec}: update it, or set {key}=float32"
         if description.base_hash != self.base_hash:
             return "holds another base model than the server"

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from zk0bot.config.experiment import Experiment
+from zk0bot.config.spelling import kebab
 from zk0bot.records import Record
 from zk0bot.report.cell import Cell, CellKind, CellSpec, describe_changes
 from zk0bot.report.figure import Interval, mean_of, percent, plus_minus, to_interval
@@ -429,7 +430,7 @@ def build_markdown_table(comparison: Comparison) -> list[str]:
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.replace('_', '-')} = {value}" for key, value in settings.items())
+    return ", ".join(f"{kebab(key)} = {value}" for key, value in settings.items())
 
 
 def _adjust(rows: Sequence[Row]) -> list[Row]:

@@ -11,9 +11,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from zk0bot.config.models import RunConfig
-from zk0bot.config.run_table import kebab, to_text
+from zk0bot.config.run_table import to_text
 from zk0bot.config.search import Way
 from zk0bot.config.space import DEFAULT, Objective, Space, describe_point
+from zk0bot.config.spelling import kebab
 from zk0bot.records import Record
 from zk0bot.report.experiment import (
     NOT_YET,

@@ -41,9 +41,9 @@ def test_defaults_are_off_and_zk0s() -> None:
 @pytest.mark.parametrize(
     ("pairs", "words"),
     [
-        (("cosine-warm-restarts-T-mult=0.9",), "restarts-t-mult: input should be greater than or"),
-        (("cosine-warm-restarts-T-mult=nan",), "cosine-warm-restarts-t-mult"),
-        (("cosine-warm-restarts-T-0=0",), "cosine-warm-restarts-t-0"),
+        (("cosine-warm-restarts-T-mult=0.9",), "restarts-T-mult: input should be greater than or"),
+        (("cosine-warm-restarts-T-mult=nan",), "cosine-warm-restarts-T-mult"),
+        (("cosine-warm-restarts-T-0=0",), "cosine-warm-restarts-T-0"),
         (("lr-boost-factor=0.8",), "lr-boost-factor: input should be greater than or equal to 1"),
         (("high-loss-multiplier=1",), "high-loss-multiplier: input should be greater than 1"),
         (("mu-adjust-factor=1",), "mu-adjust-factor"),
