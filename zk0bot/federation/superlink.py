@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zk0bot.config.paths import audit_dir
 from zk0bot.federation.allocator import keep_little
+from zk0bot.federation.http_layers import skip_idle_layers, with_whole_bodies
 from zk0bot.federation.superlink_database import adjust_database, set_aside_ruined
 from zk0bot.gateway.server.refusals import RefusalDesk
 from zk0bot.gateway.server.registrar import SECRET_HEADER
@@ -109,7 +110,8 @@ def guard_superlink(secret: str, on_refused: OnRefused) -> None:
             "timeout_keep_alive": KEEP_ALIVE_S,
             "timeout_graceful_shutdown": GRACE_S,
         }
-        uvicorn.run(SecretGate(app, secret, on_refused), **settings)  # type: ignore[arg-type]
+        gate = SecretGate(with_whole_bodies(app), secret, on_refused)
+        uvicorn.run(gate, **settings)  # type: ignore[arg-type]
 
     module["uvicorn"] = SimpleNamespace(run=run)
 
@@ -125,6 +127,7 @@ def main() -> None:
     set_aside_ruined(ours.database)
     adjust_database()
     keep_little()
+    skip_idle_layers()
     guard_superlink(secret, lambda peer, reason: desk.take(0, peer, reason))
     sys.argv[1:] = [*flowers, "--database", str(ours.database)]
     try:

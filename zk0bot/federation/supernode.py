@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 from flwr.common.constant import APP_DIR
 from flwr.supercore.utils import get_flwr_home
+from flwr.supernode import main as runtime_api
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli import flower_supernode
 
 from zk0bot.config.load import load_client_dir
 from zk0bot.config.paths import app_lock
 from zk0bot.federation.app_watch import AppWatch, start_afresh
+from zk0bot.federation.http_layers import with_whole_bodies
 from zk0bot.federation.pace import hasten
 from zk0bot.files import private_dir
 
@@ -51,6 +53,13 @@ def hasten_supernode(watch: AppWatch) -> None:
     module["_pull_and_store_message"] = start_afresh(module["_pull_and_store_message"])
 
 
+def take_whole_bodies() -> None:
+    """What the ClientApp sends reaches Flower's handlers in one piece, not in many of 64 KiB."""
+    module = vars(runtime_api)
+    create = module["create_app"]
+    module["create_app"] = lambda **settings: with_whole_bodies(create(**settings))
+
+
 def main() -> None:
     """Run the SuperNode until SIGTERM, or until its loop ends.
 
@@ -60,6 +69,7 @@ def main() -> None:
     empty_apps()
     hasten_supernode(AppWatch(app_lock(load_client_dir())))
     hasten()
+    take_whole_bodies()
     code = 1
     try:
         flower_supernode()
