@@ -51,7 +51,8 @@ EVALUATION_BATCH = 64
 """Frames that share a draw of noise, and that are evaluated at a time where memory allows."""
 ERROR_FRAMES = 64
 """Frames of an evaluation set at which a chunk is predicted."""
-ERROR_BATCH = 8
+ERROR_DRAW = 8
+"""Those of them that share a draw of noise."""
 StepProgress = Callable[[int, int], None]
 
 
@@ -86,23 +87,28 @@ def mean_loss(
 
 @torch.no_grad()
 def action_error(
-    policy: SmolVLAPolicy, feed: Feed, statistics: DatasetStatistics, frames: Ints
+    policy: SmolVLAPolicy,
+    feed: Feed,
+    statistics: DatasetStatistics,
+    frames: Ints,
+    *,
+    micro_batch: MicroBatch | None = None,
 ) -> tuple[dict[str, float], list[float]]:
     """How far predicted chunks lie from the recorded actions, in the joints' own units: mean
     absolute difference by joint, and by step of the chunk over all joints.
 
     Open loop: each of ``frames`` is asked as it was recorded, with noise fixed by its place. Steps
-    past an episode's end do not count.
+    past an episode's end do not count. ``micro_batch`` as for ``mean_loss``.
     """
+    micro_batch = micro_batch or MicroBatch()
     policy.eval()
-    device = next(policy.parameters()).device
     recording, scaler = feed.dataset.recording, build_scaler(statistics, ACTION)
     total_TA = np.zeros((feed.noise_shape[0], recording.actions_NA.shape[1]))
     count_T = np.zeros(feed.noise_shape[0])
-    for start in range(0, len(frames), ERROR_BATCH):
-        part = frames[start : start + ERROR_BATCH]
-        batch = to_device(_fixed_batch(feed, part, start), device)
-        chunk = scaler.restore(predict_chunk(policy, batch, batch["noise"]).float().cpu()).numpy()
+    for start in range(0, len(frames), EVALUATION_BATCH):
+        part = frames[start : start + EVALUATION_BATCH]
+        work = functools.partial(_predict_in_parts, policy, _error_batch(feed, part, start))
+        chunk = scaler.restore(micro_batch.run(len(part), work)).numpy()
         following, is_past = chunk_indices(recording.episode_N, part, feed.noise_shape[0])
         error_BTA = np.abs(chunk - recording.actions_NA[following]) * ~is_past[:, :, None]
         total_TA += error_BTA.sum(axis=0)
@@ -238,6 +244,21 @@ def _loss_in_parts(
 
 def _fixed_batch(feed: Feed, frames: Ints, start: int) -> Batch:
     return with_noise(feed.batch(frames), feed.noise_shape, [NOISE_SEED, start])
+
+
+def _error_batch(feed: Feed, frames: Ints, start: int) -> Batch:
+    batch = feed.batch(frames)
+    draws = [
+        with_noise(part, feed.noise_shape, [NOISE_SEED, start + place * ERROR_DRAW])["noise"]
+        for place, part in enumerate(split_batch(batch, ERROR_DRAW))
+    ]
+    return {**batch, "noise": torch.cat(draws)}
+
+
+def _predict_in_parts(policy: SmolVLAPolicy, batch: Batch, size: int) -> Tensor:
+    device = next(policy.parameters()).device
+    parts = (to_device(part, device) for part in split_batch(batch, size))
+    return torch.cat([predict_chunk(policy, part, part["noise"]).float().cpu() for part in parts])
 
 
 def _shares(total: int, parts: int) -> list[int]:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from zk0bot.errors import MemoryShortError
 from zk0bot.sim.rollout import Floats
+from zk0bot.training import evaluation
 from zk0bot.training.data.dataset import Dataset
 from zk0bot.training.evaluation import (
-    ERROR_BATCH,
+    ERROR_DRAW,
     NOISE_SEED,
     action_error,
     mean_loss,
@@ -150,8 +151,8 @@ def test_errors_are_means_over_the_steps_that_are_left(
     frames = dataset.heldout[[3, 9, 12, 15, 17, 18, 19, 31, 36, 39]]  # episodes have 20 frames
     by_joint, by_step = action_error(tiny, feed, dataset.statistics, frames)
     errors: list[list[NDArray[np.float32]]] = [[] for _ in range(20)]
-    for start in (0, ERROR_BATCH):
-        part = frames[start : start + ERROR_BATCH]
+    for start in (0, ERROR_DRAW):
+        part = frames[start : start + ERROR_DRAW]
         batch = with_noise(feed.batch(part), feed.noise_shape, [NOISE_SEED, start])
         chunks = scaler.restore(predict_chunk(tiny, batch, batch["noise"])).detach().numpy()
         for frame, chunk in zip(part, chunks, strict=True):
@@ -162,6 +163,25 @@ def test_errors_are_means_over_the_steps_that_are_left(
     np.testing.assert_allclose(by_step, expected, atol=2e-3)
     every = np.abs([error for found in errors for error in found])
     np.testing.assert_allclose(list(by_joint.values()), every.mean(axis=0), atol=2e-3)
+
+
+def test_errors_are_the_same_where_memory_is_short(
+    tiny: SmolVLAPolicy, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed, frames, sizes = Feed(dataset, tiny, dataset.statistics), dataset.heldout[:11], []
+
+    def predict(policy: SmolVLAPolicy, batch: dict[str, Tensor], noise: Tensor) -> Tensor:
+        sizes.append(len(noise))
+        if len(noise) > 4:
+            raise torch.cuda.OutOfMemoryError
+        return predict_chunk(policy, batch, noise)
+
+    whole, steps = action_error(tiny, feed, dataset.statistics, frames)
+    monkeypatch.setattr(evaluation, "predict_chunk", predict)
+    parts, steps_of_parts = action_error(tiny, feed, dataset.statistics, frames)
+    assert sizes == [11, 6, 3, 3, 3, 2]
+    np.testing.assert_allclose(list(parts.values()), list(whole.values()), atol=2e-3)
+    np.testing.assert_allclose(steps_of_parts, steps, atol=2e-3)
 
 
 def test_a_policy_acts_the_same_in_the_same_scene(tiny: SmolVLAPolicy, dataset: Dataset) -> None:

@@ -14,7 +14,6 @@ from zk0bot.training.data.statistics import statistics_hash
 from zk0bot.training.evaluation import (
     ERROR_FRAMES,
     EVALUATION_BATCH,
-    action_error,
     policy_actor,
     run_pairs,
     run_rollout,
@@ -171,7 +170,7 @@ class Evaluator:
         feed = Feed(dataset, loaded.policy, request.statistics)
         loss = loaded.mean_loss(feed, frames)
         some = stratified_frames(dataset.recording.episode_N, frames, ERROR_FRAMES)
-        by_joint, by_step = action_error(loaded.policy, feed, request.statistics, some)
+        by_joint, by_step = loaded.action_error(feed, request.statistics, some)
         return DatasetLoss(
             dataset_name=uri,
             evaldata_id=number,

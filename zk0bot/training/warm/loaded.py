@@ -18,7 +18,7 @@ from zk0bot.training.adapters.base_store import Stand
 from zk0bot.training.adapters.lora import adapted_layers
 from zk0bot.training.adapters.residual import Parcel, split_parcel
 from zk0bot.training.data.meta import Ints
-from zk0bot.training.evaluation import StepProgress, mean_loss
+from zk0bot.training.evaluation import StepProgress, action_error, mean_loss
 from zk0bot.training.features.prefix import can_split, frozen_flow_loss_sum, is_frozen
 from zk0bot.training.held import HeldWeights
 from zk0bot.training.loop import LossSum
@@ -35,6 +35,7 @@ from zk0bot.training.model.policy import (
 from zk0bot.training.processing import Feed
 from zk0bot.training.protocol import (
     VARIATE,
+    DatasetStatistics,
     EvaluateRequest,
     PolicySpec,
     TrainRequest,
@@ -75,6 +76,12 @@ class LoadedPolicy:
             loss_sum=self.loss_sum,
             micro_batch=self.evaluation,
         )
+
+    def action_error(
+        self, feed: Feed, statistics: DatasetStatistics, frames: Ints
+    ) -> tuple[dict[str, float], list[float]]:
+        """As ``evaluation.action_error``."""
+        return action_error(self.policy, feed, statistics, frames, micro_batch=self.evaluation)
 
 
 class PolicyKeeper:
