@@ -171,3 +171,11 @@ def test_hours_of_work_can_be_agreed_to_but_no_missing_memory() -> None:
 
 def test_results_go_where_the_same_command_finds_them_again(experiment: Experiment) -> None:
     assert str(default_output(experiment)) == "outputs/compare-smoke"
+
+
+@pytest.mark.parametrize("name", ["rules", "codecs", "rounds"])
+def test_shipped_experiments_share_the_cells_they_have_in_common(name: str) -> None:
+    done = {spec.key for spec in list_cells(load_experiment("strategies"))}
+    experiment = load_experiment(name)
+    shared = {spec.row for spec in list_cells(experiment) if spec.key in done}
+    assert {experiment.reference, "untrained"} <= shared
