@@ -13,7 +13,8 @@ from zk0bot.config.spelling import kebab
 from zk0bot.records import Record
 from zk0bot.report.cell import Cell, CellKind, CellSpec, describe_changes
 from zk0bot.report.figure import Interval, mean_of, percent, plus_minus, to_interval
-from zk0bot.report.matrix import Matrix, build_matrix, build_matrix_markdown, build_matrix_tables
+from zk0bot.report.matrix import Matrix, build_matrix
+from zk0bot.report.matrix_text import build_matrix_markdown, build_matrix_tables
 from zk0bot.report.paired import (
     LEVEL,
     Difference,

@@ -8,7 +8,8 @@ from matplotlib.patches import Rectangle
 
 from zk0bot.report.chart import INK, VERMILLION, Axes, build_figure, save
 from zk0bot.report.figure import Interval
-from zk0bot.report.matrix import COVERED, Matrix
+from zk0bot.report.matrix import Matrix
+from zk0bot.report.matrix_text import COVERED
 
 _CELL_INCHES = 0.42
 _DARK = 0.55

@@ -20,16 +20,9 @@ from zk0bot.report.cell import (
     Trial,
 )
 from zk0bot.report.interval import build_rate
-from zk0bot.report.matrix import (
-    Matrix,
-    MatrixRow,
-    build_matrix,
-    build_matrix_markdown,
-    build_matrix_tables,
-    describe_score,
-    find_places,
-)
+from zk0bot.report.matrix import Matrix, MatrixRow, build_matrix, find_places
 from zk0bot.report.matrix_chart import draw_matrix
+from zk0bot.report.matrix_text import build_matrix_markdown, build_matrix_tables, describe_score
 from zk0bot.sim.pairs import PAIRS
 
 OVERLAPPING = {c: f"sim:touch-{c}?sector=wide&seed=0" for c in ("red", "green", "blue")}
