@@ -273,7 +273,7 @@ class _Group:
             return {}
         common = self.experiment.run.model_dump(mode="json")
         own = cell.spec.run.model_dump(mode="json")
-        ignored = {"seed", "output_dir", "eval_datasets"}
+        ignored = {"seed", "output_dir", "eval_datasets", "checkpoint_interval"}  # of all cells
         return {k: v for k, v in describe_changes(common, own).items() if k not in ignored}
 
     def _mean(self, figure: Callable[[Cell], float]) -> float:
