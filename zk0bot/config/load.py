@@ -29,7 +29,7 @@ from zk0bot.config.models import (
     Settings,
 )
 from zk0bot.config.paths import Paths, configs_dir
-from zk0bot.config.spelling import kebab, snake
+from zk0bot.config.spelling import kebab, snake_keys
 from zk0bot.config.uri import parse_dataset_uri
 from zk0bot.errors import ConfigError, UnknownNameError
 
@@ -273,7 +273,7 @@ def _policy_pairs(sources: Sources) -> tuple[str, ...]:
 
 def _check_keys(values: Mapping[str, Any], known: set[str], where: str) -> dict[str, Any]:
     """``values`` with keys in snake_case; raises for one that is not known."""
-    given = {snake(key): value for key, value in values.items()}
+    given = snake_keys(values)
     _refuse_unsupported(given, where)
     checked: dict[str, Any] = {}
     for name, value in given.items():
@@ -309,7 +309,7 @@ def _is_off(value: Any) -> bool:
 def _off_notices(sources: Sources) -> Iterable[str]:
     pairs = dict(_split_pair(pair) for pair in sources.pairs)
     for values in (_read_table(sources.file, "run"), pairs):
-        for name in _find_off({snake(key): value for key, value in values.items()}):
+        for name in _find_off(snake_keys(values)):
             yield f"{kebab(name)} has no effect: zk0bot has no such feature yet"
 
 

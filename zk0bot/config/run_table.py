@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from zk0bot.config.load import Sources, load_run
 from zk0bot.config.models import PolicyConfig, RunConfig
-from zk0bot.config.spelling import kebab, snake
+from zk0bot.config.spelling import kebab, snake_keys
 from zk0bot.errors import ConfigError, UnknownNameError
 
 _OURS = {
@@ -112,8 +112,3 @@ def to_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(str(item) for item in value)
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def snake_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys as fields are named."""
-    return {snake(key): value for key, value in values.items()}

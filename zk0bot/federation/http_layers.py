@@ -2,8 +2,7 @@
 
 Flower's SuperLink wraps every request into nine of Starlette's ``BaseHTTPMiddleware``, most of
 which look at the path and do nothing, and each of them starts a task group for every 64 KiB of the
-body. That took more processor time than the training of a small policy
-(``scripts/bench/superlink_requests.py``).
+body. What that costs: ``scripts/bench/superlink_requests.py``.
 """
 
 from flwr.superlink.routers.control import middlewares as control
